@@ -1,0 +1,194 @@
+"""
+One frozen dataclass becomes one command line.
+
+tyro writes the help text from the dataclass; the words themselves are read here, because we want what nanochat's
+users type: dashes or underscores, `--flag=value` or `--flag value`, `--flag`, `--no-flag` or `--flag=0` for switches, a stray
+leading `--` from torchrun. What is wrong is refused in one line that names the flag, the value and the cure,
+because the ninth of nine ranks is a bad place for a page of usage text.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import sys
+import types
+import typing
+from dataclasses import dataclass
+from typing import Any, Literal, NoReturn, TypeVar, Union, get_args, get_origin
+
+from nanochat.common import UserError
+
+ConfigT = TypeVar("ConfigT")
+
+TRUE, FALSE = {"true", "1", "yes", "on"}, {"false", "0", "no", "off"}
+
+
+def flag(default: Any, *aliases: str, help: str = "") -> Any:
+    """A dataclass field with further names: `flag(16, "--group_size")` or `flag("", "-i")`."""
+    return dataclasses.field(default=default, metadata={"aliases": aliases, "help": help})
+
+
+@dataclass(frozen=True)
+class StageConfig:
+    """The knobs that mean the same in every stage."""
+
+    run: str = "dummy"
+    """name of the run: its folder under runs/, and its Weights & Biases group; dummy keeps W&B out"""
+    model_tag: str = ""
+    """checkpoint folder, such as d8; by default d{depth} or the largest there is"""
+    device_type: str = ""
+    """cuda, mps or cpu; by default the best there is"""
+    dtype: str = ""
+    """float32 or bfloat16; by default bfloat16 where the GPU has it"""
+    seed: int = 42
+    """everything random follows from it"""
+    wandb_project: str = ""
+    """Weights & Biases project; by default WANDB_PROJECT or nanochat-aquarat"""
+    wandb_entity: str = ""
+    """Weights & Biases entity; by default WANDB_ENTITY"""
+
+
+@dataclass(frozen=True)
+class TrainConfig(StageConfig):
+    """The knobs of the supervised stages: base, mid and sft."""
+
+    device_batch_size: int = 32
+    """rows of one microbatch on one device; lower it when memory runs out, the result stays the same"""
+    total_batch_size: int = 524_288
+    """tokens of one optimizer step over all ranks; -1: one microbatch on every rank"""
+    num_iterations: int = -1
+    """optimizer steps; -1: what the data or the horizon asks for"""
+    matrix_lr: float = 0.02
+    """Muon's learning rate, for the matrices of the blocks"""
+    embedding_lr: float = 0.2
+    """AdamW's learning rate for the token embedding"""
+    unembedding_lr: float = 0.004
+    """AdamW's learning rate for the head"""
+    weight_decay: float = 0.0
+    """AdamW's decoupled weight decay"""
+    init_lr_frac: float = 1.0
+    """first learning rate as a fraction of the rates above"""
+    eval_every: int = 250
+    """steps between evaluations; -1: never"""
+    save_every: int = -1
+    """steps between checkpoints; -1: only the last"""
+    keep_last: int = 2
+    """checkpoints that stay on disk besides the best"""
+    log_every: int = 10
+    """steps between progress lines; metrics.jsonl has every step"""
+    resume: bool = True
+    """go on from the newest complete checkpoint of the same run"""
+
+
+def cli(config: type[ConfigT], argv: list[str] | None = None) -> ConfigT:
+    """Parse `argv` (default: the command line) into `config`; print one line and exit with 2 when that cannot be done."""
+    sys.excepthook = _one_line_for_user_errors
+    try:
+        return parse(config, sys.argv[1:] if argv is None else argv)
+    except UserError as error:
+        _refuse(str(error))
+
+
+def parse(config: type[ConfigT], argv: list[str]) -> ConfigT:
+    """As `cli`, but raises UserError instead of exiting (`--help` still prints and exits)."""
+    fields = {field.name: field for field in dataclasses.fields(typing.cast(Any, config))}
+    hints = typing.get_type_hints(config)
+    if any(word in ("-h", "--help") for word in argv):
+        _print_help(config, fields, hints)
+    return config(**dict(_values(argv, fields, hints)))
+
+
+def _values(
+    argv: list[str], fields: dict[str, dataclasses.Field[Any]], hints: dict[str, Any]
+) -> typing.Iterator[tuple[str, Any]]:
+    """(field name, value of the field's type) for every flag in `argv`."""
+    names = {alias: name for name, field in fields.items() for alias in _spellings(name, field)}
+    words = argv[1:] if argv[:1] == ["--"] else list(argv)
+    while words:
+        word = words.pop(0)
+        if not word.startswith("-"):
+            raise UserError(f"{word}: a value without a flag; write --flag={word}")
+        spelled, equals, value = word.partition("=")
+        key = spelled.replace("_", "-")
+        negated = key not in names and key.startswith("--no-") and f"--{key[5:]}" in names
+        name = names.get(f"--{key[5:]}" if negated else key)
+        if name is None:
+            raise UserError(f"{spelled} is not a flag{_suggest(key, names)}; --help lists them all")
+        switch = hints[name] is bool
+        if not equals:
+            if switch and (negated or not words or words[0].lower() not in TRUE | FALSE):
+                value = "false" if negated else "true"
+            elif not words or (words[0].startswith("-") and not _is_number(words[0])):
+                raise UserError(f"{spelled} needs a value; write {spelled}=VALUE")
+            else:
+                value = words.pop(0)
+        yield name, _convert(spelled, value, hints[name])
+
+
+def _spellings(name: str, field: dataclasses.Field[Any]) -> list[str]:
+    aliases: tuple[str, ...] = field.metadata.get("aliases", ())
+    return [f"--{name}".replace("_", "-"), *(alias.replace("_", "-") for alias in aliases)]
+
+
+def _suggest(key: str, names: dict[str, str]) -> str:
+    near = difflib.get_close_matches(key, names, n=1, cutoff=0.6)
+    return f", did you mean {near[0].replace('-', '_').replace('__', '--', 1)}?" if near else ""
+
+
+def _is_number(word: str) -> bool:
+    try:
+        float(word)
+    except ValueError:
+        return False
+    return True
+
+
+def _convert(spelled: str, value: str, hint: Any) -> Any:
+    """`value` as an object of type `hint`, or a UserError that names flag, value and cure."""
+    optional = get_origin(hint) in (Union, types.UnionType)
+    kind = next(t for t in get_args(hint) if t is not type(None)) if optional else hint
+    if optional and value.lower() in ("none", ""):
+        return None
+    if get_origin(kind) is Literal:
+        same = [choice for choice in get_args(kind) if str(choice).lower() == value.lower()]
+        if not same:
+            raise UserError(f"{spelled}={value} is not a choice; use {' or '.join(map(str, get_args(kind)))}")
+        return same[0]
+    if kind is bool:
+        if value.lower() not in TRUE | FALSE:
+            raise UserError(f"{spelled}={value} is not a switch; use {spelled} or {spelled}=0")
+        return value.lower() in TRUE
+    wanted = {int: "a whole number; write for example {}=4", float: "a number; write for example {}=0.5"}
+    try:
+        return kind(value)
+    except ValueError:
+        raise UserError(f"{spelled}={value} is not {wanted[kind].format(spelled)}") from None
+
+
+def _print_help(
+    config: type[ConfigT], fields: dict[str, dataclasses.Field[Any]], hints: dict[str, Any]
+) -> NoReturn:
+    """Let tyro lay out the help text; it is imported here alone, so that a run does not wait for it."""
+    import tyro
+
+    for name, field in fields.items():
+        if aliases := field.metadata.get("aliases", ()):
+            described = tyro.conf.arg(aliases=list(aliases), help=field.metadata["help"] or None)
+            config.__annotations__[name] = typing.Annotated[hints[name], described]
+    tyro.cli(config, args=["--help"], config=(tyro.conf.FlagConversionOff,))
+    raise SystemExit(0)
+
+
+def _one_line_for_user_errors(
+    kind: type[BaseException], error: BaseException, trace: types.TracebackType | None
+) -> None:
+    if isinstance(error, UserError):
+        print(f"error: {error}", file=sys.stderr)
+    else:
+        sys.__excepthook__(kind, error, trace)
+
+
+def _refuse(message: str) -> NoReturn:
+    print(f"error: {message}", file=sys.stderr)
+    raise SystemExit(2)

@@ -1,0 +1,104 @@
+"""The house stands as DESIGN draws it: who may import whom, and what stays at the rim."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+LAYERS = [
+    {"common", "config", "schedule"},
+    {"tokenizer", "dataset", "tracking", "calculator", "statistics", "metrics"},
+    {"gpt", "optim", "execution", "cloud"},
+    {"checkpoint_manager", "dataloader", "engine", "kv_cache", "sampling"},
+    {"train", "rl", "letters", "attention", "evaluate", "core_eval", "stage"},
+    {"web", "report", "figures"},
+]
+RIM = {  # package -> the only modules that may import it
+    "wandb": {"tracking"},
+    "requests": {"cloud", "dataset"},
+    "fastapi": {"web"},
+    "treescope": {"attention"},
+    "datasets": {"common"},
+}
+TORCH_FREE = {
+    "common",
+    "config",
+    "schedule",
+    "dataset",
+    "tracking",
+    "calculator",
+    "statistics",
+    "metrics",
+    "report",
+    "cloud",
+}
+
+
+def imports(path: Path, *, top_level: bool = False) -> Iterator[str]:
+    """Dotted names that `path` imports; `top_level` leaves out those inside functions and TYPE_CHECKING blocks."""
+    tree = ast.parse(path.read_text())
+    nodes = tree.body if top_level else list(ast.walk(tree))
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            yield node.module
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def roots(path: Path) -> set[str]:
+    return {name.split(".")[0] for name in imports(path)}
+
+
+def test_tasks_import_no_torch_and_only_common_and_dataset() -> None:
+    for path in Path("tasks").glob("*.py"):
+        assert "torch" not in roots(path), path
+        assert "scripts" not in roots(path), path
+        for name in imports(path):
+            if name.startswith("nanochat."):
+                assert name.split(".")[1] in {"common", "dataset"}, f"{path} imports {name}"
+
+
+def test_nanochat_imports_neither_tasks_nor_scripts() -> None:
+    for path in Path("nanochat").glob("*.py"):
+        assert not roots(path) & {"tasks", "scripts"}, path
+
+
+def test_nothing_imports_scripts_but_the_shim() -> None:
+    for folder in ("nanochat", "tasks", "scripts", "benchmarks"):
+        for path in Path(folder).glob("*.py"):
+            foreign = {name for name in imports(path) if name.startswith("scripts.")}
+            if path.name != "sft_train.py":
+                assert not {name for name in foreign if not name.startswith("scripts.presets")}, path
+
+
+def test_no_module_imports_a_higher_layer() -> None:
+    height = {name: level for level, names in enumerate(LAYERS) for name in names}
+    for path in Path("nanochat").glob("*.py"):
+        if path.stem == "__init__":
+            continue
+        assert path.stem in height, f"{path} has no layer: give it one in tests/test_layers.py"
+        for name in imports(path):
+            if name.startswith("nanochat."):
+                other = name.split(".")[1]
+                assert height[other] <= height[path.stem], f"{path} imports {name}, which is above it"
+
+
+def test_packages_of_the_rim_stay_there() -> None:
+    for path in [*Path("nanochat").glob("*.py"), *Path("tasks").glob("*.py")]:
+        for package, allowed in RIM.items():
+            if package in roots(path):
+                assert path.stem in allowed, f"{path} imports {package}"
+
+
+def test_modules_that_a_laptop_needs_import_no_torch_at_the_top() -> None:
+    for path in Path("nanochat").glob("*.py"):
+        if path.stem in TORCH_FREE:
+            names = {name.split(".")[0] for name in imports(path, top_level=True)}
+            assert "torch" not in names, path
+
+
+def test_init_files_are_empty() -> None:
+    for folder in ("nanochat", "tasks", "scripts"):
+        assert (Path(folder) / "__init__.py").read_text() == ""
