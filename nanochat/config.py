@@ -65,8 +65,10 @@ class TrainConfig(StageConfig):
     """AdamW's learning rate for the token embedding"""
     unembedding_lr: float = 0.004
     """AdamW's learning rate for the head"""
+    scalar_lr: float = 0.003
+    """AdamW's learning rate for the mixing of preceding tokens"""
     weight_decay: float = 0.0
-    """AdamW's decoupled weight decay"""
+    """decoupled weight decay of the matrices"""
     init_lr_frac: float = 1.0
     """first learning rate as a fraction of the rates above"""
     eval_every: int = 250
@@ -79,6 +81,32 @@ class TrainConfig(StageConfig):
     """steps between progress lines; metrics.jsonl has every step"""
     resume: bool = True
     """go on from the newest complete checkpoint of the same run"""
+
+
+@dataclass(frozen=True)
+class ConversationConfig(TrainConfig):
+    """The knobs of the stages that learn from conversations: mid and sft."""
+
+    step: int | None = None
+    """step of the checkpoint to start from; by default the newest"""
+    aqua_train_examples: int = -1
+    """rows of AQuA; -1: all there are"""
+    synthetic_examples: int = -1
+    """built-in word problems; -1: only where AQuA cannot be had"""
+    other_examples: int = -1
+    """most conversations of each other part of the mixture; -1: as it has them"""
+    quality: Literal["mixed", "worked"] = "mixed"
+    """rationales of the built-in problems: some bare, as AQuA has them, or all worked"""
+    aqua_path: str | None = None
+    """file or folder of AQuA"""
+    max_seq_len: int = -1
+    """tokens of a row; -1: as in base training"""
+    num_epochs: int = 1
+    """passes over the mixture, where --num_iterations is -1"""
+    warmdown_ratio: float = 0.4
+    """share of the steps, at the end, in which the learning rate falls"""
+    max_grad_norm: float = 1.0
+    """gradients longer than this are shortened to it"""
 
 
 def cli(config: type[ConfigT], argv: list[str] | None = None) -> ConfigT:

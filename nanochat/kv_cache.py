@@ -1,0 +1,221 @@
+"""
+Keys and values of everything generated so far, kept so that a question is stored, and read, once for all its samples.
+
+Two parts. The prefix: one block per question, made by one prefill, whatever the number of samples. The suffix: one
+block per row (a sample being generated), its completion so far. A decode step attends to both:
+
+    prefix   queries of a question's rows stand together, so that one product per (question, head) reads its keys once
+    suffix   each row reads its own keys
+    joint    sum(exp) and sum(exp * value) of both parts are added, then divided: one softmax over both
+
+No maximum is subtracted before exp. Queries and keys are normalised, hence |score| <= sqrt(head size) * qk_scale**2,
+which is 16 where nanochat is; beyond 80 the cache refuses the model rather than overflow.
+
+Storage is one flat buffer, laid out anew for every request and kept between requests. Stale numbers in it are never
+summed: every place that is not written is masked.
+
+Shapes: Q questions, N rows of the question that has most, R rows, P prompt positions, S completion positions,
+H query heads, G key-value heads, M = H / G queries to a key, hd head size, L layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from nanochat.common import UserError
+from nanochat.gpt import Attend, GPTConfig, causal_attend
+
+
+@dataclass(frozen=True, slots=True)
+class Extent:
+    """How much a cache must hold."""
+
+    questions: int
+    prompt: int
+    rows: int
+    completion: int
+
+    def numel(self, config: GPTConfig) -> int:
+        """Numbers to store, keys and values together."""
+        return numbers_per_token(config) * (self.questions * self.prompt + self.rows * self.completion)
+
+
+def numbers_per_token(config: GPTConfig) -> int:
+    """Key and value numbers of one position, all layers."""
+    return 2 * config.n_layer * config.n_kv_head * config.head_dim
+
+
+class KVCache:
+    """The prefix and suffix stores; which slot is whose is the decoder's business."""
+
+    def __init__(self, config: GPTConfig, extent: Extent, storage: Tensor) -> None:
+        if config.head_dim**0.5 * config.qk_scale**2 > 80:
+            raise UserError(
+                f"the engine cannot run qk_scale={config.qk_scale}: exp of the scores would overflow"
+            )
+        self.config, self.extent = config, extent
+        layers, heads, size = config.n_layer, config.n_kv_head, config.head_dim
+        prefix = (2, layers, extent.questions, heads, extent.prompt, size)
+        suffix = (2, layers, extent.rows, heads, extent.completion, size)
+        count = torch.Size(prefix).numel()
+        self.prefix_k, self.prefix_v = storage[:count].view(prefix)  # (L,Q,G,P,hd) each
+        self.suffix_k, self.suffix_v = storage[count : count + torch.Size(suffix).numel()].view(
+            suffix
+        )  # (L,R,G,S,hd)
+
+    def prefill_attend(self, first: int) -> Attend:
+        """Attention over prompts (B,T), padded on the right, that also stores them as questions first .. first+B-1."""
+        causal = causal_attend(self.config)
+
+        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            last, length = first + q.size(0), q.size(1)
+            self.prefix_k[layer, first:last, :, :length] = k.transpose(1, 2)
+            self.prefix_v[layer, first:last, :, :length] = v.transpose(1, 2)
+            return causal(layer, q, k, v)
+
+        return attend
+
+    def move_questions(self, sources: Sequence[int], targets: Sequence[int]) -> None:
+        _move(self.prefix_k, self.prefix_v, sources, targets, self.extent.prompt)
+
+    def move_rows(self, sources: Sequence[int], targets: Sequence[int], length: int) -> None:
+        """Copy the first `length` places of rows; no row is both source and target."""
+        _move(self.suffix_k, self.suffix_v, sources, targets, length)
+
+
+def _move(keys: Tensor, values: Tensor, sources: Sequence[int], targets: Sequence[int], length: int) -> None:
+    for source, target in zip(sources, targets, strict=True):
+        keys[:, target, :, :length] = keys[:, source, :, :length]
+        values[:, target, :, :length] = values[:, source, :, :length]
+
+
+@dataclass(frozen=True, slots=True)
+class Grouping:
+    """Where each row's queries stand when rows are grouped by question; unused places repeat row 0."""
+
+    rows: Tensor  # (Q,N) the row at each place
+    gather: Tensor  # (Q*G*N*M,) for each place, the index into queries (R*H)
+    scatter: Tensor  # (R*H,) for each query, its place
+
+    @classmethod
+    def of(cls, owners: Sequence[int], config: GPTConfig, device: torch.device) -> Grouping:
+        """From each row's question."""
+        width = [0] * (max(owners) + 1)
+        members = []
+        for owner in owners:
+            members.append(width[owner])
+            width[owner] += 1
+        groups, most, heads = config.n_kv_head, max(width), config.n_head // config.n_kv_head
+        rows = torch.zeros(len(width), most, dtype=torch.int64)
+        question, member = torch.tensor(owners), torch.tensor(members)
+        rows[question, member] = torch.arange(len(owners))
+        group, head = torch.arange(groups)[:, None], torch.arange(heads)
+        gather = rows[:, None, :, None] * config.n_head + group[:, :, None] * heads + head  # (Q,G,N,M)
+        place = (question[:, None, None] * groups + group) * most + member[:, None, None]  # (R,G,1)
+        scatter = place * heads + head  # (R,G,M)
+        return cls(rows.to(device), gather.flatten().to(device), scatter.flatten().to(device))
+
+
+@dataclass(slots=True)
+class DecodeAttend:
+    """
+    Attention of one decode step: stores each row's new key and value, then attends to its prefix and suffix.
+
+    `written` (R,) completion positions each row has stored before; `shortest` and `longest` bound it on the host.
+    """
+
+    cache: KVCache
+    grouping: Grouping
+    prompt_lengths: Tensor  # (Q,)
+    shortest_prompt: int
+    longest_prompt: int
+    written: Tensor  # (R,)
+    shortest: int
+    longest: int
+    masks: dict[tuple[str, int], Tensor | None] = field(default_factory=dict)  # layers share them
+
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        self._store(layer, k.squeeze(1), v.squeeze(1))
+        config = self.cache.config
+        # A window that reaches back to the first token hides nothing.
+        everything = self.longest_prompt + self.longest + 1
+        window = min(config.window(layer) or everything, everything)
+        queries = (q.squeeze(1) * config.head_dim**-0.5).flatten(0, 1)  # (R*H,hd)
+        total, weighted = self._suffix(layer, queries, window)
+        prefix_total, prefix_weighted = self._prefix(layer, queries, window)
+        y = (weighted + prefix_weighted) / (total + prefix_total)
+        return y.to(q.dtype).view(q.shape)
+
+    def _store(self, layer: int, k: Tensor, v: Tensor) -> None:
+        rows = k.size(0)
+        if self.shortest == self.longest:
+            self.cache.suffix_k[layer, :rows, :, self.longest] = k
+            self.cache.suffix_v[layer, :rows, :, self.longest] = v
+        else:
+            index = torch.arange(rows, device=k.device)
+            self.cache.suffix_k[layer][index, :, self.written] = k
+            self.cache.suffix_v[layer][index, :, self.written] = v
+
+    def _suffix(self, layer: int, queries: Tensor, window: int) -> tuple[Tensor, Tensor]:
+        """Sum of exp (R*H,1) and of exp * value (R*H,hd) over each row's own completion."""
+        heads, size = self.cache.config.n_kv_head, queries.size(1)
+        rows, last = len(self.written), self.longest + 1
+        first = max(0, self.shortest + 1 - window)
+        k = self.cache.suffix_k[layer, :rows, :, first:last].flatten(0, 1)  # (R*G,s,hd), a view
+        v = self.cache.suffix_v[layer, :rows, :, first:last].flatten(0, 1)
+        weights = scores(queries.view(rows * heads, -1, size), k).exp_()  # (R*G,M,s)
+        hidden = self._suffix_hidden(first, last, window)
+        if hidden is not None:
+            weights.view(rows, -1, last - first).masked_fill_(hidden, 0.0)
+        return weights.sum(-1).view(-1, 1), torch.bmm(weights.to(v.dtype), v).view(-1, size)
+
+    def _prefix(self, layer: int, queries: Tensor, window: int) -> tuple[Tensor, Tensor]:
+        """The same over the prompts, a product for all rows of a question."""
+        grouping, length, size = self.grouping, self.longest_prompt, queries.size(1)
+        questions, heads = len(self.prompt_lengths), self.cache.config.n_kv_head
+        k = self.cache.prefix_k[layer, :questions, :, :length].flatten(0, 1)  # (Q*G,P,hd), a view
+        v = self.cache.prefix_v[layer, :questions, :, :length].flatten(0, 1)
+        grouped = queries.index_select(0, grouping.gather).view(questions * heads, -1, size)  # (Q*G,N*M,hd)
+        weights = scores(grouped, k).exp_()  # (Q*G,N*M,P)
+        hidden = self._prefix_hidden(window)
+        if hidden is not None:
+            weights.view(questions, heads, grouping.rows.size(1), -1, length).masked_fill_(hidden, 0.0)
+        total = weights.sum(-1).view(-1, 1).index_select(0, grouping.scatter)
+        weighted = torch.bmm(weights.to(v.dtype), v).view(-1, size)
+        return total, weighted.index_select(0, grouping.scatter)
+
+    def _suffix_hidden(self, first: int, last: int, window: int) -> Tensor | None:
+        """Which stored places (R,1,s) a row may not see: not yet written, or out of its window."""
+        if self.shortest == self.longest:
+            return None
+        if ("suffix", window) not in self.masks:
+            place = torch.arange(first, last, device=self.written.device)
+            behind = self.written.unsqueeze(1) - place
+            self.masks["suffix", window] = ((behind < 0) | (behind >= window)).unsqueeze(1)
+        return self.masks["suffix", window]
+
+    def _prefix_hidden(self, window: int) -> Tensor | None:
+        """Which prompt places (Q,1,N or 1,1,P) are padding, or out of the window."""
+        ragged = self.shortest_prompt < self.longest_prompt
+        windowed = window <= self.longest_prompt + self.longest
+        if ("prefix", window) not in self.masks:
+            place = torch.arange(self.longest_prompt, device=self.written.device)
+            lengths = self.prompt_lengths[:, None, None]
+            hidden = place >= lengths  # (Q,1,P)
+            if windowed:
+                hidden = hidden | (lengths + self.written[self.grouping.rows].unsqueeze(2) - place >= window)
+            self.masks["prefix", window] = hidden[:, None, :, None] if ragged or windowed else None
+        return self.masks["prefix", window]
+
+
+def scores(queries: Tensor, keys: Tensor) -> Tensor:
+    """Products (B,m,n) in fp32 of queries (B,m,hd) and keys (B,n,hd): exp must not see bf16's three digits."""
+    if queries.dtype == torch.float32:
+        return torch.bmm(queries, keys.transpose(1, 2))
+    if queries.is_cuda:
+        return torch.bmm(queries, keys.transpose(1, 2), out_dtype=torch.float32)
+    return torch.bmm(queries.float(), keys.float().transpose(1, 2))

@@ -1,0 +1,29 @@
+from collections.abc import Iterable
+
+class Tokenizer:
+    """A byte-level BPE tokenizer: 256 byte tokens until it is trained."""
+
+    def __init__(self) -> None: ...
+    @staticmethod
+    def from_mergeable_ranks(
+        ranks: Iterable[tuple[bytes, int]], pattern: str | None = None
+    ) -> Tokenizer: ...
+    def train_from_iterator(
+        self,
+        iterator: Iterable[str],
+        vocab_size: int,
+        buffer_size: int = 8192,
+        pattern: str | None = None,
+        *,
+        num_threads: int | None = None,
+    ) -> None: ...
+    def get_pattern(self) -> str: ...
+    def get_mergeable_ranks(self) -> list[tuple[bytes, int]]: ...
+    @property
+    def vocab_size(self) -> int: ...
+    def encode(self, text: str) -> list[int]: ...
+    def decode(self, ids: list[int]) -> str: ...
+    def batch_encode(self, texts: list[str], *, num_threads: int | None = None) -> list[list[int]]: ...
+
+def split(text: str, pattern: str | None = None) -> list[str]:
+    """The pieces that a split pattern cuts `text` into."""
