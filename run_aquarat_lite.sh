@@ -4,8 +4,8 @@
 set -euo pipefail
 
 : "${PRESET:=lite}" "${RUN:=aquarat-lite}" "${NANOCHAT_BASE_DIR:=$HOME/.cache/nanochat-lite}"
-export PRESET
-SETUP_EXTRAS="interp"
+export PRESET RUN NANOCHAT_BASE_DIR
+: "${SETUP_EXTRAS:=interp}"
 # shellcheck source=scripts/setup.sh
 source "$(dirname "${BASH_SOURCE[0]}")/scripts/setup.sh"
 # shellcheck source=scripts/pipeline.sh

@@ -8,9 +8,9 @@
 # Run it again to go on where it stopped. RUN names the run (default aquarat-small).
 set -euo pipefail
 
-: "${RUN:=${WANDB_RUN:-aquarat-small}}"
-SETUP_EXTRAS="interp"
+: "${SETUP_EXTRAS:=interp}"
 # shellcheck source=scripts/setup.sh
 source "$(dirname "${BASH_SOURCE[0]}")/scripts/setup.sh"
+: "${RUN:=${WANDB_RUN:-aquarat-small}}"
 # shellcheck source=scripts/pipeline.sh
 source scripts/pipeline.sh

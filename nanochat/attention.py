@@ -289,8 +289,8 @@ def attention_html(maps: dict[int, np.ndarray], tokens: Sequence[str]) -> str:
         around_zero=False,
         truncate=False,
     )
-    page: str = treescope.render_to_html(figure)
-    return page
+    # The notebook form of the figure: render_to_html(figure) would show its repr, with the picture folded away.
+    return f'<!doctype html><meta charset="utf-8"><title>attention</title>{figure._repr_html_()}\n'
 
 
 def _visible(token: str) -> str:

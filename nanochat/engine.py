@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 __all__ = ["Completion", "Engine"]
 
 CPU_CACHE_BYTES = 2**30
+CPU_CHUNK = 16
 GPU_CHECK_EVERY = 16
 
 
@@ -116,7 +117,8 @@ class Engine:
         return self._stream(request)
 
     def _stream(self, request: Request) -> Iterator[tuple[int, float]]:
-        extent = Extent(1, len(request.prompt), 1, request.max_tokens + 1)
+        places = request.max_tokens + 1
+        extent = Extent(1, len(request.prompt), 1, places, chunk=places)
         with self.decoder(extent, check_every=1) as decoder:
             [row] = decoder.admit([request])
             while decoder.rows:
@@ -202,7 +204,10 @@ class Engine:
             for start in range(0, samples, size)
         ]
         questions = min(len(pieces), max(1, tokens // (prompt + size * completion)))
-        return Extent(questions, prompt, questions * size, completion), pieces
+        rows = questions * size
+        # A few rows' completions stay in a CPU's cache, where pieces only cost calls; a GPU has no use for them either.
+        chunk = CPU_CHUNK if rows > 8 and self.model.device.type == "cpu" else completion
+        return Extent(questions, prompt, rows, completion, chunk), pieces
 
 
 def _next_in(waiting: deque[Request], decoder: Decoder) -> list[Request]:

@@ -28,7 +28,7 @@ Encode = Callable[[list[str]], list[list[int]]]
 
 LANES = 8
 """rows are dealt round robin to this many independent packings, whatever the number of ranks; see Lane"""
-LOW, HIGH = 32, 64
+LOW, HIGH = 16, 32
 """a pool is refilled to HIGH pieces when it falls below LOW"""
 
 

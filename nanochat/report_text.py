@@ -12,7 +12,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 MEASURES = {  # results that belong into the summary -> their name there
-    "val_bpb": "validation, bits per byte",
+    "train_bpb": "training text, bits per byte",
+    "val_bpb": "validation text, bits per byte",
     "val_loss": "validation loss",
     "core": "CORE",
     "core_metric": "CORE",

@@ -91,11 +91,11 @@ def capped_exp_(raw: Tensor, *, softcap: float, temperature: float) -> Tensor:
     """
     exp(capped logits / temperature) up to a factor per row, in place of the uncapped logits raw (R,V).
 
-    softcap * tanh(x / softcap) = softcap - 2 * softcap / (exp(2 x / softcap) + 1), which costs a third of tanh; and
-    capped logits need no maximum subtracted before exp, unless the temperature is very low.
+    softcap * tanh(x / softcap) = softcap - 2 * softcap * sigmoid(-2 x / softcap), which costs a fifth of tanh; and capped
+    logits need no maximum subtracted before exp, unless the temperature is very low.
     """
     sharpness = 2 * softcap / temperature  # the exponents lie in [-sharpness, 0]
-    raw.mul_(2 / softcap).exp_().add_(1).reciprocal_().mul_(-sharpness)
+    raw.mul_(-2 / softcap).sigmoid_().mul_(-sharpness)
     if sharpness > 80:  # exp(-87) is the least that fp32 holds
         raw.sub_(raw.amax(-1, keepdim=True))
     return raw.exp_()

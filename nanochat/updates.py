@@ -4,8 +4,8 @@ Muon (https://kellerjordan.github.io/posts/muon) replaces a matrix's momentum by
 every direction moves at the same speed. Five polynomials reach that matrix: Polar Express, the best ones in the
 worst case (https://arxiv.org/abs/2505.16932). Matrices of one shape are stacked and iterated together.
 
-Both rules take `alive`, 1 or 0 in a tensor: with 0 the step is not taken, weights, momenta and step count stay bit
-for bit. So a step can be skipped by what only the device knows (a gradient that is not finite) without asking it.
+Both rules take `alive`, 1 or 0 in a tensor: with 0 the step is not taken, weights and momenta stay bit for bit. So a
+step can be skipped by what only the device knows (a gradient that is not finite) without asking it.
 """
 
 from __future__ import annotations
@@ -55,9 +55,8 @@ def muon_update(
     momentum: float,
     dtype: torch.dtype,
 ) -> Tensor:
-    """Move `weights` (n,rows,columns) in place; return the change. `alive` 0 leaves everything as it was."""
-    keep = MOMENTUM_START + (momentum - MOMENTUM_START) * torch.clamp(step / MOMENTUM_STEPS, max=1.0)
-    step.add_(alive)
+    """Move `weights` (n,rows,columns) in place; return the change. `step` counts from 1, this one included."""
+    keep = MOMENTUM_START + (momentum - MOMENTUM_START) * torch.clamp((step - 1) / MOMENTUM_STEPS, 0.0, 1.0)
     momenta.lerp_(grads, (1 - keep) * alive)
     direction = orthogonalize(torch.lerp(grads, momenta, keep), dtype).to(
         weights.dtype
@@ -81,9 +80,8 @@ def adamw_update(
     betas: tuple[float, float],
     eps: float,
 ) -> Tensor:
-    """Move `weights` (n,) in place; return the change. `alive` 0 leaves everything as it was."""
-    step.add_(alive)
-    count = step.clamp(min=1.0)  # 0 only before the first live step, where it would divide by zero
+    """Move `weights` (n,) in place; return the change. `step` counts from 1, this one included."""
+    count = step.clamp(min=1.0)  # 0 only where the first step of all is not taken, and would divide by zero
     mean.lerp_(grads, (1 - betas[0]) * alive)
     square.lerp_(grads.square(), (1 - betas[1]) * alive)
     root = (square / (1 - betas[1] ** count)).sqrt_().add_(eps)

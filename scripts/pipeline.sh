@@ -2,14 +2,14 @@
 #
 # Numbers come from scripts/presets.py through scripts/plan.py, and from environment variables of the same names.
 # A stage is skipped when its marker says that it finished with these very settings, after stages that did; so the same
-# command takes up where it stopped. DRY_RUN=1 prints plan and commands; FORCE=1 runs every stage again.
+# command takes up where it stopped. DRY_RUN=1 prints plan and commands; FORCE=1 starts every stage again.
 # shellcheck shell=bash
 
-: "${RUN:=${WANDB_RUN:-aquarat}}" "${NANOCHAT_BASE_DIR:=$HOME/.cache/nanochat}"
+: "${NANOCHAT_BASE_DIR:=$HOME/.cache/nanochat}"
 export RUN NANOCHAT_BASE_DIR PYTHONUNBUFFERED=1
 
-[ -z "${DRY_RUN:-}" ] || "$PYTHON" -m scripts.plan || exit
 settings=$("$PYTHON" -m scripts.plan --shell) || exit
+[ -z "${DRY_RUN:-}" ] || "$PYTHON" -m scripts.plan
 eval "$settings"
 
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$THREADS}"
@@ -59,7 +59,7 @@ stage() {
   # The tokenizer is shared by all models of the base directory; everything else belongs to one model tag.
   marker=$MARKERS/$MODEL_TAG/$name log=$LOGS/$name.log
   case "$name" in tok_*) marker=$MARKERS/$name ;; esac
-  if [ -z "${FORCE:-}" ] && [ "$(cat "$marker" 2>/dev/null)" = "$key" ]; then
+  if [ -z "${FORCE:-}" ] && [ "$name" != report ] && [ "$(cat "$marker" 2>/dev/null)" = "$key" ]; then
     printf '== %s: finished earlier with these settings\n' "$name"
     return
   fi
@@ -116,7 +116,7 @@ fi
 
 # Tokenizer
 extra "$EXTRA_TOK_TRAIN"
-need tok_train after= single scripts.tok_train --run="$RUN" \
+need tok_train after= single scripts.tok_train --run="$RUN" --seed="$SEED" \
   --max_chars="$TOK_MAX_CHARS" --vocab_size="$VOCAB_SIZE" ${more[@]+"${more[@]}"}
 need tok_eval after=tok_train single scripts.tok_eval --run="$RUN"
 
@@ -162,8 +162,8 @@ need chat_rl after=chat_sft ranks scripts.chat_rl "${common[@]}" --dataset="${RL
   --kl_every="$KL_EVERY" --attn_every="$ATTN_EVERY" ${more[@]+"${more[@]}"}
 evaluate rl after=chat_rl,chat_eval_sft --compare=sft
 
-# Report: always, because it costs seconds and reads what all stages left
-FORCE=1 need report after=chat_eval_rl single nanochat.report generate "$RUN"
+# The report is written every time: it costs seconds and reads what all stages left.
+need report after=chat_eval_rl single nanochat.report generate "$RUN"
 if [ -z "${DRY_RUN:-}" ]; then
   "$PYTHON" -m nanochat.report summarize "$RUN"
   printf '== all stages finished, %d min in this sitting; report: %s\n' $((SECONDS / 60)) "$PWD/report.md"

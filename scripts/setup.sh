@@ -82,7 +82,7 @@ install() {
     find_or_install_rust
     say "installing packages into $ENVIRONMENT and building rustbpe (once; minutes)"
     # --inexact: the tests' packages stay when the main job syncs, and the other way round.
-    uv sync --inexact --reinstall-package rustbpe ${flags[@]+"${flags[@]}"} ||
+    uv sync --inexact ${flags[@]+"${flags[@]}"} ||
       die "uv could not install the packages; the lines above say why. Free disk: $(df -h . | awk 'END {print $4}')"
     printf '%s\n' "$print" >"$stamp"
   fi

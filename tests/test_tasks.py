@@ -1,11 +1,7 @@
-"""Rows become problems, problems become conversations, gold replies earn full reward; bad rows are counted and named."""
+"""Slices and mixtures, and every task but AQuA: gold replies earn full reward, bad rows are named."""
 
 from __future__ import annotations
 
-import gzip
-import json
-import os
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,347 +9,19 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from task_rows import GOOD_CHAT, REAL, bare_machine, needs_real_data, with_hub, write_rows  # noqa: F401
 
 from nanochat.common import UserError
 from tasks import common
-from tasks.aqua import AQUA, Problem, deduplicate, parse_problem
+from tasks.aqua import AQUA
 from tasks.arc import ARC
-from tasks.common import MultipleChoice, Reward, Task, TaskMixture, limit, render_multiple_choice
+from tasks.common import Task, TaskMixture, limit
 from tasks.customjson import CustomJSON
 from tasks.gsm8k import GSM8K, parse_number, parts_of
 from tasks.humaneval import HumanEval, extract_program
 from tasks.mmlu import MMLU
-from tasks.problem import exact_key, masked_key
 from tasks.rows import BadRow, DataUnavailable
 from tasks.smoltalk import SmolTalk, parse_chat
-
-REAL = Path(os.environ.get("NANOCHAT_DATA_DIR") or Path(__file__).parents[2] / "shared" / "data")
-needs_real_data = pytest.mark.skipif(
-    not (REAL / "aqua").is_dir(), reason="no real data beside the repository"
-)
-
-RAW = {
-    "question": "What is 3 * 7?",
-    "options": ["A)21", "B)24", "C)10", "D)37", "E)2"],
-    "rationale": "3 * 7 = 21\nAnswer is A",
-    "correct": "A",
-}
-PROBLEM = Problem("What is 3 * 7?", ("21", "24", "10", "37", "2"), "A", "3 * 7 = 21\nAnswer is A")
-
-
-@pytest.fixture(autouse=True)
-def base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty base dir, no local data, no network."""
-    for name in ("NANOCHAT_DATA_DIR", "AQUA_DATA_DIR", "NANOCHAT_AQUA_DIR"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path / "base"))
-    monkeypatch.setattr(common, "reachable", lambda url: False)
-    monkeypatch.setattr("nanochat.dataset.reachable", lambda url: False)
-    return tmp_path / "base"
-
-
-def write_rows(path: Path, rows: list[Any]) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    data = "".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows).encode()
-    path.write_bytes(gzip.compress(data) if path.suffix == ".gz" else data)
-    return path
-
-
-def numbered(count: int) -> list[dict[str, Any]]:
-    words = ["apples", "boats", "cats", "doors", "eggs", "figs", "goats", "hats", "inks", "jars"]
-    return [
-        {
-            **RAW,
-            "question": f"{words[n % 10]} {words[n // 10 % 10]} {words[n // 100 % 10]}?",
-            "correct": "ABCDE"[n % 5],
-        }
-        for n in range(count)
-    ]
-
-
-# ---- problems --------------------------------------------------------------------------------------------------------
-
-
-def test_prompt_and_target_of_a_problem_are_as_documented() -> None:
-    conversation = PROBLEM.conversation()
-    assert conversation["messages"] == [
-        {
-            "role": "user",
-            "content": 'What is 3 * 7?\n- 21=A\n- 24=B\n- 10=C\n- 37=D\n- 2=E\nReason first. Last line: "Answer: X".',
-        },
-        {
-            "role": "assistant",
-            "content": [{"type": "text", "text": "3 * 7 = 21"}, {"type": "text", "text": "Answer: A"}],
-        },
-    ]
-    assert conversation["letters"] == list("ABCDE") and conversation["answer_letter"] == "A"
-
-
-def test_without_a_rationale_the_target_is_the_answer_line_alone() -> None:
-    reply = Problem("q", tuple("12345"), "C", "Answer: C").conversation()["messages"][1]["content"]
-    assert reply == [{"type": "text", "text": "Answer: C"}]
-
-
-def test_a_choice_never_breaks_its_line() -> None:
-    assert render_multiple_choice("q\n", "AB", ["1\n2", " 3 "], instruction="i") == "q\n- 1 2=A\n- 3=B\ni"
-
-
-@pytest.mark.parametrize(
-    "row",
-    [
-        RAW,
-        {**RAW, "options": ["21", "24", "10", "37", "2"]},
-        {**RAW, "options": ["A) 21", "B) 24", "C) 10", "D) 37", "E) 2"], "correct": " a "},
-        {**RAW, "options": ["(A)21", "(B)24", "(C)10", "(D)37", "(E)2"]},
-        {**RAW, "options": ["A)A)21", "B)B)24", "C)C)10", "D)D)37", "E)E)2"]},
-        {**PROBLEM.conversation(), "rationale": "unused"},
-    ],
-)
-def test_every_form_of_a_row_gives_the_same_problem(row: dict[str, Any]) -> None:
-    problem = parse_problem(row)
-    assert (problem.question, problem.options, problem.gold) == (PROBLEM.question, PROBLEM.options, "A")
-    assert problem.conversation() == PROBLEM.conversation()
-
-
-def test_a_conversation_in_the_layout_of_the_fork_is_read() -> None:
-    prompt = (
-        "Solve it and conclude with 'Answer: <letter>'.\n\nMultiple Choice question: What is 3 * 7?\n"
-        "- 21=A\n- 24=B\n- 10=C\n- 37=D\n- 2=E\n\nRespond only with the letter of the correct answer."
-    )
-    texts = [{"type": "text", "text": "3 * 7 = 21"}, {"type": "text", "text": "Answer: A"}]
-    messages = [{"role": "user", "content": prompt}, {"role": "assistant", "content": texts}]
-    problem = parse_problem({"messages": messages, "letters": list("ABCDE"), "answer_letter": "A"})
-    assert problem == Problem("What is 3 * 7?", PROBLEM.options, "A", "3 * 7 = 21")
-
-
-def test_an_option_that_begins_with_a_letter_is_not_a_label() -> None:
-    row = {**RAW, "options": ["A is taller", "B is taller", "equal", "A and B", "unknown"]}
-    assert parse_problem(row).options[0] == "A is taller"
-
-
-BAD_ROWS = [
-    {},
-    {"question": "q"},
-    {**RAW, "question": " "},
-    {**RAW, "question": 3},
-    {**RAW, "options": "A)1"},
-    {**RAW, "options": ["A)1", "B)2"]},
-    {**RAW, "options": ["A)1", "B)2", "C)3", "D)4", "E)"]},
-    {**RAW, "options": [1, 2, 3, 4, 5]},
-    {**RAW, "correct": "F"},
-    {**RAW, "correct": None},
-    {**RAW, "correct": 2},
-    {"messages": []},
-    {"messages": "hello"},
-    {"messages": [{"role": "user", "content": "q"}], "answer_letter": "A"},
-]
-
-
-@pytest.mark.parametrize("row", BAD_ROWS)
-def test_a_bad_row_is_refused_with_a_reason(row: dict[str, Any]) -> None:
-    with pytest.raises(BadRow):
-        parse_problem(row)
-
-
-json_values = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.text(max_size=8),
-    lambda inner: st.lists(inner, max_size=5) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
-    max_leaves=8,
-)
-
-
-@given(
-    st.dictionaries(st.sampled_from(["question", "options", "correct", "rationale", "messages"]), json_values)
-)
-def test_any_row_is_a_problem_or_a_bad_row(row: dict[str, Any]) -> None:
-    for parse in (parse_problem, parse_chat):
-        try:
-            parse(row)
-        except BadRow as error:
-            assert str(error)
-
-
-@given(st.lists(st.text(max_size=12), min_size=5, max_size=5), st.sampled_from("ABCDE"), st.text(max_size=80))
-def test_the_gold_reply_of_any_problem_earns_full_reward(
-    options: list[str], gold: str, rationale: str
-) -> None:
-    problem = Problem("q", tuple(options), gold, rationale)
-    for turned in problem.rotations():
-        conversation = turned.conversation()
-        text = "\n".join(part["text"] for part in conversation["messages"][1]["content"])
-        assert MultipleChoice().reward(conversation, text) == Reward(1.0, 0.1)
-
-
-@given(st.permutations(range(5)), st.sampled_from("ABCDE"))
-def test_permuting_keeps_the_gold_option_and_moves_its_letter(order: list[int], gold: str) -> None:
-    problem = Problem("q", ("v", "w", "x", "y", "z"), gold, f"Only option {gold} fits.\nANSWER:{gold}")
-    other = problem.permuted(order)
-    assert other.gold_option == problem.gold_option
-    assert sorted(other.options) == sorted(problem.options)
-    assert other.rationale == f"Only option {other.gold} fits."
-
-
-def test_rotations_put_the_gold_option_at_every_letter_once() -> None:
-    rotations = PROBLEM.rotations()
-    assert rotations[0].options == PROBLEM.options
-    assert sorted(turned.gold for turned in rotations) == list("ABCDE")
-
-
-def test_options_that_name_other_options_keep_their_order() -> None:
-    problem = Problem("q", ("A and B", "B only", "C", "none", "all"), "A")
-    assert not problem.permutable and problem.permuted([4, 3, 2, 1, 0]) is problem
-    assert Problem("Who?", ("A", "B", "C", "D", "E"), "A").permutable
-
-
-def test_a_wrong_order_is_refused() -> None:
-    with pytest.raises(ValueError, match="not an order"):
-        PROBLEM.permuted([0, 0, 1, 2, 3])
-
-
-def test_two_equal_gold_texts_are_ambiguous() -> None:
-    assert Problem("q", ("1 m", "2", "3", "4", "1m"), "A").ambiguous
-    assert not Problem("q", ("1", "2", "2", "4", "5"), "A").ambiguous
-
-
-# ---- AQuA in files ---------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("name", ["dev.jsonl", "dev.jsonl.gz", "dev.json", "validation.jsonl", "val.json.gz"])
-def test_aqua_is_found_under_every_usual_name(base: Path, name: str) -> None:
-    write_rows(base / "aqua" / name, [RAW])
-    task = AQUA("validation")
-    assert len(task) == 1 and task.source.endswith(name) and task.skipped == {}
-
-
-def test_the_order_of_search_is_flag_environment_base(
-    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for place, count in (("flag", 1), ("variable", 2), ("data/aqua", 3), ("base/aqua", 4)):
-        write_rows(tmp_path / place / "dev.jsonl", numbered(count))
-    assert len(AQUA("validation")) == 4
-    monkeypatch.setenv("NANOCHAT_DATA_DIR", str(tmp_path / "data"))
-    assert len(AQUA("validation")) == 3
-    monkeypatch.setenv("NANOCHAT_AQUA_DIR", str(tmp_path / "variable"))
-    assert len(AQUA("validation")) == 2
-    assert len(AQUA("validation", path=tmp_path / "flag")) == 1
-    assert len(AQUA("validation", path=tmp_path / "flag" / "dev.jsonl")) == 1
-
-
-def test_a_folder_that_was_named_must_exist(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("AQUA_DATA_DIR", str(tmp_path / "nowhere"))
-    with pytest.raises(UserError, match="AQUA_DATA_DIR=.*nowhere does not exist"):
-        AQUA("validation")
-
-
-def test_missing_data_says_where_it_was_looked_for_and_quickly() -> None:
-    began = time.perf_counter()
-    with pytest.raises(DataUnavailable, match=r"aqua/test\.jsonl.*Hugging Face.*google-deepmind"):
-        AQUA("test")
-    assert time.perf_counter() - began < 2
-
-
-def test_one_bad_row_in_two_hundred_is_counted_and_named(
-    base: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    rows: list[Any] = numbered(200)
-    rows[6] = "{torn"
-    write_rows(base / "aqua" / "dev.jsonl", rows)
-    task = AQUA("validation")
-    assert len(task) == 199 and task.skipped == {"not JSON": 1}
-    assert task.bad_rows[0].startswith("dev.jsonl:7: not JSON")
-    assert "dev.jsonl:7" in capsys.readouterr().out
-
-
-def test_one_bad_row_in_a_hundred_is_refused(base: Path) -> None:
-    write_rows(base / "aqua" / "dev.jsonl", [*numbered(99), {**RAW, "correct": "Z"}])
-    with pytest.raises(UserError, match=r"1 of 100 rows .*dev\.jsonl:100: gold letter"):
-        AQUA("validation")
-
-
-def test_wrong_encoding_counts_as_a_bad_row(base: Path) -> None:
-    path = write_rows(base / "aqua" / "dev.jsonl", numbered(150))
-    path.write_bytes(path.read_bytes() + b'{"question": "\xff\xfe"}\n')
-    assert AQUA("validation").skipped == {"not UTF-8": 1}
-
-
-def test_torn_and_empty_files_are_refused_by_name(base: Path) -> None:
-    path = write_rows(base / "aqua" / "dev.jsonl.gz", numbered(50))
-    whole = path.read_bytes()
-    path.write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(UserError, match=r"dev\.jsonl\.gz is torn after line"):
-        AQUA("validation")
-    path.write_bytes(gzip.compress(b""))
-    with pytest.raises(UserError, match="is empty"):
-        AQUA("validation")
-    path.write_bytes(b"")
-    with pytest.raises(UserError, match="is empty"):
-        AQUA("validation")
-
-
-def test_train_loses_rows_that_repeat_a_held_out_question(base: Path) -> None:
-    write_rows(base / "aqua" / "dev.jsonl", [{**RAW, "question": "What is 3*7 ?"}])
-    write_rows(base / "aqua" / "test.jsonl", [{**RAW, "question": "How old is Ann, 40?"}])
-    extra = {**RAW, "question": "how old is ann, 1,041?"}
-    write_rows(base / "aqua" / "train.jsonl", [RAW, extra, *numbered(20), numbered(1)[0]])
-    task = AQUA("train")
-    assert len(task) == 20
-    assert task.skipped == {
-        "repeats a held-out question": 1,
-        "a held-out question with other numbers": 1,
-        "repeats an earlier row": 1,
-    }
-
-
-def test_mathqa_is_added_on_demand_only(base: Path) -> None:
-    write_rows(base / "aqua" / "train.jsonl", numbered(10))
-    write_rows(base / "aqua" / "train_mathqa.jsonl.gz", numbered(30)[10:])
-    assert len(AQUA("train")) == 10
-    both = AQUA("train", include_mathqa=True)
-    assert len(both) == 30 and "train_mathqa" in both.source
-
-
-def test_train_is_shuffled_by_its_seed_and_evaluation_is_not(base: Path) -> None:
-    for split in ("train", "dev"):
-        write_rows(
-            base / "aqua" / f"{split}.jsonl", numbered(500) if split == "dev" else numbered(1000)[500:]
-        )
-    assert AQUA("train").problems == AQUA("train").problems != AQUA("train", seed=1).problems
-    assert [p.question for p in AQUA("validation").problems[:2]] == [row["question"] for row in numbered(2)]
-
-
-def test_permuted_training_rows_are_stable_and_lose_the_letter_prior(base: Path) -> None:
-    write_rows(base / "aqua" / "train.jsonl", [{**row, "correct": "A"} for row in numbered(500)])
-    task = AQUA("train", permute_seed=7)
-    assert task[3] == task[3] == AQUA("train", permute_seed=7)[3]
-    assert task.problem(3).gold == task[3]["answer_letter"]
-    assert task.majority().share < 0.3
-
-
-def test_majority_is_the_score_of_the_commonest_letter(base: Path) -> None:
-    write_rows(base / "aqua" / "dev.jsonl", numbered(12))
-    majority = AQUA("validation").majority()
-    assert (majority.letter, majority.share) == ("A", 0.25)
-    assert majority.counts == {"A": 3, "B": 3, "C": 2, "D": 2, "E": 2}
-    assert AQUA.baseline == 0.2
-
-
-def test_what_comes_over_the_network_is_kept(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tasks.aqua.hub_rows", lambda hub, name, tried: numbered(5))
-    first = AQUA("test")
-    assert first.source == "Hugging Face deepmind/aqua_rat (raw), split test"
-    monkeypatch.setattr("tasks.aqua.hub_rows", lambda hub, name, tried: pytest.fail("asked again"))
-    second = AQUA("test")
-    assert second.problems == first.problems and second.source.endswith("test.jsonl.gz")
-
-
-def test_keys_see_through_spelling_and_numbers() -> None:
-    one, two = Problem("A 3-kg box?", (), "A"), Problem("a 1,200.5 KG box", (), "A")
-    assert exact_key(one) == "a3kgbox" and exact_key(one) != exact_key(two)
-    assert masked_key(one) == masked_key(two)
-    assert deduplicate([one, one, two], []) == ([one, two], {"repeats an earlier row": 1})
-
-
-# ---- slices and mixtures ---------------------------------------------------------------------------------------------
 
 
 class Numbers(Task):
@@ -415,9 +83,6 @@ def test_a_mixture_is_shuffled_by_its_seed_and_can_be_sliced() -> None:
 def test_an_empty_part_of_a_mixture_is_refused() -> None:
     with pytest.raises(UserError, match="5 examples wanted of a task that has none"):
         TaskMixture([(Numbers("a", 0), 5)])
-
-
-# ---- the other tasks -------------------------------------------------------------------------------------------------
 
 
 def test_a_worked_answer_of_gsm8k_becomes_calculator_calls() -> None:
@@ -537,7 +202,6 @@ def test_a_program_is_the_fenced_block_or_everything() -> None:
     assert extract_program("x = 1") == "x = 1"
 
 
-GOOD_CHAT = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]
 BAD_CHATS: list[Any] = [
     [],
     GOOD_CHAT[:1],
@@ -580,51 +244,31 @@ def test_custom_conversations_come_with_or_without_an_envelope(base: Path) -> No
         CustomJSON(base / "other.jsonl")
 
 
-# ---- prepare_aqua ----------------------------------------------------------------------------------------------------
+def test_a_failing_hub_is_named_with_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    with_hub(monkeypatch, RuntimeError("502 from the proxy\nlong trace"))
+    with pytest.raises(DataUnavailable, match=r"RuntimeError: 502 from the proxy\)") as caught:
+        MMLU("test")
+    assert "long trace" not in str(caught.value)
 
 
-def test_prepared_aqua_reads_back_as_the_same_problems(base: Path, tmp_path: Path, capsys: Any) -> None:
-    from scripts.prepare_aqua import Config, main
-
-    write_rows(tmp_path / "raw" / "train.json", [RAW, *numbered(50)])
-    write_rows(tmp_path / "raw" / "dev.json", [RAW])
-    main(Config(output_dir=str(tmp_path / "out"), source=str(tmp_path / "raw"), max_train=30))
-    said = capsys.readouterr().out
-    assert "train: 1 rows dropped, repeats a held-out question" in said and "test: left out" in said
-    prepared, direct = AQUA("train", path=tmp_path / "out"), AQUA("train", path=tmp_path / "raw")
-    assert len(prepared) == 30
-    assert {str(c) for c in prepared} <= {str(c) for c in direct}
+def test_rows_of_the_hub_are_kept_for_the_next_run(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with_hub(monkeypatch, [{"question": f"q{n}", "answer": f"#### {n}"} for n in range(3)])
+    assert GSM8K("test").source == "Hugging Face openai/gsm8k (main), split test"
+    monkeypatch.setattr(common, "reachable", lambda url: False)
+    kept = GSM8K("test")
+    assert len(kept) == 3 and kept.source.endswith("gsm8k_test.jsonl.gz")
 
 
-# ---- the real rows ---------------------------------------------------------------------------------------------------
-
-
-@needs_real_data
-def test_every_real_aqua_row_earns_full_reward_and_says_its_answer_once(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setenv("NANOCHAT_DATA_DIR", str(REAL))
-    train, more, dev = AQUA("train"), AQUA("train", include_mathqa=True), AQUA("validation")
-    assert (
-        len(dev) == 254
-        and len(train) > 4_400
-        and len(more) > 11_000
-        and not more.bad_rows
-        and not dev.bad_rows
-    )
-    for task in (train, more.sliced(step=7), dev):
-        for conversation in task:
-            texts = [part["text"] for part in conversation["messages"][1]["content"]]
-            assert task.reward(conversation, "\n".join(texts)).total == 1.1
-            assert all(task.reward(conversation, text).total == 0 for text in texts[:-1])
-
-
-@needs_real_data
-def test_the_majority_letter_of_dev_is_the_published_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("NANOCHAT_DATA_DIR", str(REAL))
-    majority = AQUA("validation").majority()
-    assert majority.counts == {"A": 69, "B": 66, "C": 43, "D": 50, "E": 26}
-    assert round(majority.share, 4) == 0.2717
+def test_smoltalk_of_the_hub_is_read_as_far_as_it_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [{"messages": [{"role": "user", "content": f"q{n}"}, GOOD_CHAT[1]]} for n in range(200)]
+    rows[150] = {"messages": []}
+    with_hub(monkeypatch, rows)
+    task = SmolTalk("train", stop=60)
+    assert len(task) == 60 and task.skipped == {"turns do not alternate": 1}
+    assert task[0]["messages"][0]["content"] == "q199"
+    with_hub(monkeypatch, [{"messages": []}, *rows[:10]])
+    with pytest.raises(UserError, match="1 of 11 rows"):
+        SmolTalk("train")
 
 
 @needs_real_data
