@@ -1,9 +1,9 @@
 """An accuracy that is never a bare number, and what can be said of two of them.
 
-An Accuracy keeps every item's outcome. From that one value follow the interval, the score of always saying the commonest
-letter (on AQuA's dev set 27.2 %, on its test set 24.8 %: chance, 20 %, is the wrong null), the histogram of predicted
-letters, the share of answers that could be read, pass@k beside what guessing reaches, and majority votes. Two Accuracies
-of the same items are compared item by item: flips and McNemar's test see differences that two intervals hide.
+An Accuracy keeps every item's outcome. From that one value follow the interval, the score of always saying the
+commonest letter (on AQuA's dev set 27.2 %, on its test set 24.8 %: chance, 20 %, is the wrong null), the histogram of
+predicted letters, the share of answers that could be read, pass@k beside what guessing reaches, and majority votes. Two
+Accuracies of the same items are compared item by item: flips and McNemar's test see differences that intervals hide.
 
 No torch here: a report or a laptop reads the same values.
 """

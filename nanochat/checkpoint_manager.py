@@ -140,22 +140,28 @@ def save(
         for path in states:
             path.with_name(path.name + UNFINISHED).unlink(missing_ok=True)
         raise UserError(f"checkpoint {checkpoint} was not saved, those before it are whole: {problems[0]}")
+    files = {name: entry for entries, _ in outcomes for name, entry in entries.items()}
+    _put_in_place(checkpoint, list(states), meta | {"files": files}, world)
     if world.main:
-        checkpoint.meta_path.unlink(missing_ok=True)  # of an earlier save of this step: no longer whole
-    world.barrier()
-    for path in states:
-        os.replace(path.with_name(path.name + UNFINISHED), path)
-    world.barrier()
-    if world.main:
-        _sync(folder)
-        meta["files"] = {name: entry for entries, _ in outcomes for name, entry in entries.items()}
-        write_atomic(checkpoint.meta_path, json.dumps(meta, indent=2))
-        _sync(folder)
         if best:
             write_atomic(folder / "best", f"{step}\n")
         _tidy(folder, keep_last, best_step(source, tag))
     world.barrier()
     return checkpoint
+
+
+def _put_in_place(checkpoint: Checkpoint, paths: list[Path], meta: dict[str, Any], world: World) -> None:
+    """Give the written files their names, and only then, all ranks being done, write the meta file."""
+    if world.main:
+        checkpoint.meta_path.unlink(missing_ok=True)  # of an earlier save of this step: no longer whole
+    world.barrier()
+    for path in paths:
+        os.replace(path.with_name(path.name + UNFINISHED), path)
+    world.barrier()
+    if world.main:
+        _sync(checkpoint.folder)
+        write_atomic(checkpoint.meta_path, json.dumps(meta, indent=2))
+        _sync(checkpoint.folder)
 
 
 def _sync(folder: Path) -> None:

@@ -6,7 +6,7 @@ never going to voice. Letters are read at the token that the tokenizer emits the
 
 Two distances from the reference, named because they are often confused:
 
-- letter KL is exact: KL(policy || reference) over the question's letters, in nats, no sampling in it beyond the completion.
+- letter KL is exact: KL(policy || reference) over the question's letters, in nats; only the completion was sampled.
 - sequence KL is estimated from the sampled tokens, in nats per token, averaged within each completion: k1 is unbiased
   and may be negative, k3 is unbiased and never negative. Both hold for completions sampled from the present policy, so
   measure BEFORE the update. `rl/kl_sequence_{mean,std,hist}` is k3.
@@ -176,11 +176,7 @@ def letter_telemetry(
     asked = [e for e in episodes if e.conversation.get("letters") and e.gold]
     metrics: dict[str, Metric] = {}
     if reference is not None and mode != "letter" and episodes:
-        estimates = sequence_kl(
-            policy, reference, episodes, temperature=temperature, token_budget=token_budget
-        )
-        for name, values in (("", estimates["k3"]), ("_k1", estimates["k1"]), ("_k3", estimates["k3"])):
-            metrics.update(_spread(f"rl/kl_sequence{name}", values))
+        metrics |= _sequence_metrics(policy, reference, episodes, temperature, token_budget)
     if not asked:
         return LetterReport(metrics, [])
     sequences, appended = answer_sequences(tokenizer, asked)
@@ -203,6 +199,18 @@ def letter_telemetry(
     metrics.update(_counts("rl/gold_counts", gold, names))
     rows = sorted(zip(margins, asked, predicted, strict=True), key=lambda row: row[0])
     return LetterReport(metrics, [_hard_row(*row) for row in rows[:num_hardest]])
+
+
+def _sequence_metrics(
+    policy: GPT, reference: GPT, episodes: Sequence[Episode], temperature: float, token_budget: int
+) -> dict[str, Metric]:
+    estimates = sequence_kl(policy, reference, episodes, temperature=temperature, token_budget=token_budget)
+    named = {"": estimates["k3"], "_k1": estimates["k1"], "_k3": estimates["k3"]}
+    return {
+        key: value
+        for name, values in named.items()
+        for key, value in _spread(f"rl/kl_sequence{name}", values).items()
+    }
 
 
 def _spread(name: str, values: Sequence[float]) -> dict[str, Metric]:

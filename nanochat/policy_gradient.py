@@ -169,9 +169,9 @@ def batch_logprobs(model: GPT, batch: RLBatch, *, temperature: float) -> Tensor:
 
 
 def kl_estimates(logprobs: Tensor, reference_logprobs: Tensor) -> dict[str, Tensor]:
-    """Per sample of the policy, Schulman's three estimators of KL(policy || reference), http://joschu.net/blog/kl-approx.html.
+    """Schulman's three estimators of KL(policy || reference), one value per sample of the policy.
 
-    k1 is unbiased and can be negative, k2 is biased with the right gradient, k3 is unbiased and never negative.
+    See http://joschu.net/blog/kl-approx.html. k1 is unbiased and can be negative, k2 is biased with the right gradient, k3 is unbiased and never negative.
     """
     log_ratio = logprobs - reference_logprobs
     return {"k1": log_ratio, "k2": 0.5 * log_ratio.square(), "k3": torch.expm1(-log_ratio) + log_ratio}
@@ -235,19 +235,15 @@ def update_policy(
     `groups` with their advantages filled in, this rank's share. Of several updates, sampler against trainer is the
     first's (later ones are meant to differ), everything else the last's.
     """
-    episodes = trained_episodes(groups, objective)
     normalizer = loss_normalizer(groups, objective, world)
     batches = microbatches(
-        episodes,
+        trained_episodes(groups, objective),
         token_budget=token_budget,
         smear=model.config.smear,
-        weight=lambda num_tokens: token_weight(num_tokens, objective),
+        weight=partial(token_weight, objective=objective),
         shared=shared_prefix,
     )
-    batches = [batch.to(world.device) for batch in batches]
-    if objective.kl_coef:
-        assert reference is not None, "kl_coef needs a reference"
-        batches = [_with_reference(reference, batch, objective) for batch in batches]
+    batches = [_with_reference(reference, batch.to(world.device), objective) for batch in batches]
     metrics: dict[str, float] = {}
     for update in range(objective.updates_per_rollout if normalizer else 0):
         meter = LossMeter()
@@ -272,6 +268,10 @@ def update_policy(
     return metrics or {"train/loss": 0.0, "train/grad_norm": 0.0, "train/update_norm": 0.0}
 
 
-def _with_reference(reference: GPT, batch: RLBatch, objective: Objective) -> RLBatch:
+def _with_reference(reference: GPT | None, batch: RLBatch, objective: Objective) -> RLBatch:
+    """The batch with the reference's log-probabilities, where the loss needs them."""
+    if not objective.kl_coef:
+        return batch
+    assert reference is not None, "kl_coef needs a reference"
     logprobs = batch_logprobs(reference, batch, temperature=objective.temperature)
     return dataclasses.replace(batch, reference_logprobs=logprobs)

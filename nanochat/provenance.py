@@ -24,11 +24,11 @@ REDACTED = "<redacted>"
 
 def provenance() -> dict[str, Any]:
     """The code, command, versions and machine of this process."""
-    status = _git("status", "--porcelain")
+    commit = _git("rev-parse", "HEAD")
     return {
         "command": redacted(list(sys.orig_argv)),
-        "commit": _git("rev-parse", "HEAD") or None,
-        "dirty": None if status is None else bool(status),
+        "commit": commit,
+        "dirty": bool(_git("status", "--porcelain")) if commit else None,
         "versions": {"python": platform.python_version(), **_versions()},
         "system": system(),
     }

@@ -233,9 +233,14 @@ def data_section(run: RunRecord) -> str:
     """What was trained and evaluated on, and what was left out."""
     parts = ["## Data"]
     for opening, kind in (("", "data"), ("Left out:\n\n", "skipped")):
-        told = [f"- {stage.title}: {line}" for stage in run.stages.values() for line in stage.told(kind)]
+        told: dict[str, list[str]] = {}  # what -> the stages that said it
+        for stage in run.stages.values():
+            for line in stage.told(kind):
+                told.setdefault(line.removeprefix(f"{stage.name}: "), []).append(stage.title)
         if told:
-            parts.append(opening + "\n".join(told))
+            parts.append(
+                opening + "\n".join(f"- {text.clipped(k)} ({', '.join(v)})" for k, v in told.items())
+            )
     return "\n\n".join(parts) if len(parts) > 1 else ""
 
 

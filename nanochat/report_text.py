@@ -36,6 +36,11 @@ def value(item: Any) -> str:
     return str(item).replace("\n", " ")
 
 
+def clipped(line: str, limit: int = 220) -> str:
+    """A line of at most `limit` characters."""
+    return line if len(line) <= limit else line[: limit - 1].rstrip() + "…"
+
+
 def percent(share: float) -> str:
     """27.2 %"""
     return f"{100 * share:.1f} %"

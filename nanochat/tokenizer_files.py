@@ -100,15 +100,20 @@ def _read_pickle(path: Path) -> Vocabulary:
     size = path.stat().st_size
     if size > LARGEST_PICKLE:
         raise UserError(f"{path} has {size:,} bytes, too many for a tokenizer; it is left unread")
+    return unpickled(path.read_bytes(), str(path))
+
+
+def unpickled(data: bytes, name: str) -> Vocabulary:
+    """The vocabulary in a pickle that `name` holds."""
     try:
-        state = getattr(_OneClass(io.BytesIO(path.read_bytes())).load(), "state", None)
+        state = getattr(_OneClass(io.BytesIO(data)).load(), "state", None)
     except Exception as error:  # a hostile pickle can raise anything
-        raise UserError(f"{path} is not a pickled tiktoken Encoding: {error!s:.200}") from None
+        raise UserError(f"{name} is not a pickled tiktoken Encoding: {error!s:.200}") from None
     if not isinstance(state, dict):
-        raise UserError(f"{path} is not a pickled tiktoken Encoding with its ranks")
-    ranks, specials, pattern = (state.get(name) for name in ("mergeable_ranks", "special_tokens", "pat_str"))
+        raise UserError(f"{name} is not a pickled tiktoken Encoding with its ranks")
+    ranks, specials, pattern = (state.get(key) for key in ("mergeable_ranks", "special_tokens", "pat_str"))
     if not (_is_table(ranks, bytes) and _is_table(specials, str) and isinstance(pattern, str)):
-        raise UserError(f"{path} lacks mergeable_ranks, special_tokens or pat_str")
+        raise UserError(f"{name} lacks mergeable_ranks, special_tokens or pat_str")
     return Vocabulary(ranks, specials, pattern)
 
 

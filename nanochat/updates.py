@@ -38,10 +38,33 @@ def orthogonalize(matrices: Tensor, dtype: torch.dtype = torch.float32) -> Tenso
     tall = x.size(-2) > x.size(-1)
     if tall:
         x = x.mT  # the products below are of the shorter side's size
+    # bf16 is too coarse for the Gram matrix, which squares the singular values
+    by_gram = dtype == torch.float32 and x.size(-1) >= 2 * x.size(-2)
+    x = _polar_by_gram(x) if by_gram else _polar(x)
+    return x.mT if tall else x
+
+
+def _polar(x: Tensor) -> Tensor:
     for a, b, c in POLAR_EXPRESS:
         square = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(square, square, square, beta=b, alpha=c), x, beta=a)
-    return x.mT if tall else x
+    return x
+
+
+def _polar_by_gram(x: Tensor) -> Tensor:
+    """The same, for a wide x: its long side enters only the first and the last product, near twice as fast at 1 : 4.
+
+    With P = aI + bA + cA^2 and A = XX', the step X <- PX makes of A the matrix PAP: so iterate on A and gather the Ps.
+    """
+    square = x @ x.mT
+    factor = product = torch.empty_like(square)  # both are set in the first round
+    for index, (a, b, c) in enumerate(POLAR_EXPRESS):
+        if index:
+            square = factor @ square @ factor
+        factor = torch.baddbmm(square, square, square, beta=b, alpha=c)
+        factor.diagonal(dim1=-2, dim2=-1).add_(a)
+        product = factor @ product if index else factor
+    return product @ x
 
 
 def muon_update(

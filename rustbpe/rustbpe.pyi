@@ -5,9 +5,7 @@ class Tokenizer:
 
     def __init__(self) -> None: ...
     @staticmethod
-    def from_mergeable_ranks(
-        ranks: Iterable[tuple[bytes, int]], pattern: str | None = None
-    ) -> Tokenizer: ...
+    def from_mergeable_ranks(ranks: Iterable[tuple[bytes, int]], pattern: str | None = None) -> Tokenizer: ...
     def train_from_iterator(
         self,
         iterator: Iterable[str],

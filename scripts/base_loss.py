@@ -48,7 +48,9 @@ def main(config: Config) -> None:
     from nanochat.tracking import open_run
 
     world = compute_init(config.device_type, config.dtype, config.seed)
-    model, tokenizer, meta = load_model(config.source, world=world, model_tag=config.model_tag, step=config.step)
+    model, tokenizer, meta = load_model(
+        config.source, world=world, model_tag=config.model_tag, step=config.step
+    )
     with open_run("base_loss", config, world) as tracker:
         results: dict[str, Any] = {"step": meta["step"]}
         for split in ("train", "val"):

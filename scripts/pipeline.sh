@@ -13,7 +13,6 @@ settings=$("$PYTHON" -m scripts.plan --shell) || exit
 eval "$settings"
 
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$THREADS}"
-[ "$NETWORK" = 1 ] || export HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 # so that nothing retries for minutes
 LOGS=$NANOCHAT_BASE_DIR/runs/$RUN/logs
 MARKERS=$NANOCHAT_BASE_DIR/finished
 TO_GO_ON="${OVERRIDES:+$OVERRIDES }bash $0"

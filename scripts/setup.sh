@@ -1,6 +1,6 @@
 # Set-up, sourced by run_aquarat_small.sh, run_aquarat_lite.sh and run_tests.sh:
 #   uv and Rust are found or installed, the packages of pyproject.toml go into .venv, rustbpe is built, .env is read.
-# A second time nothing has changed, and it takes no time and no network. DRY_RUN=1 installs nothing.
+# A second time nothing has changed, and it takes no time and no network. DRY_RUN=1 and NO_INSTALL=1 install nothing.
 # After it, `python` is the environment's and the working directory is the root of the repository.
 #
 # SETUP_EXTRAS: extras of pyproject.toml to install, with blanks between.
@@ -111,7 +111,7 @@ read_dotenv() {
 }
 
 command -v git >/dev/null || die "git is missing; install it, for example: sudo apt-get install git"
-[ -n "${DRY_RUN:-}" ] || install
+[ -n "${DRY_RUN:-}${NO_INSTALL:-}" ] || install
 if [ -x "$ENVIRONMENT/bin/python" ]; then
   case "$ENVIRONMENT" in /*) PATH="$ENVIRONMENT/bin:$PATH" ;; *) PATH="$PWD/$ENVIRONMENT/bin:$PATH" ;; esac
   export PATH

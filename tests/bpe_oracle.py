@@ -17,10 +17,10 @@ def merge(piece: list[int], pair: tuple[int, int], token: int) -> list[int]:
     return merged
 
 
-def train(text: str, vocab_size: int, pattern: str) -> list[bytes]:
+def train(texts: list[str], vocab_size: int, pattern: str) -> list[bytes]:
     """The tokens in order: 256 bytes, then the most frequent pair again and again, the smallest of equals."""
     tokens = [bytes([byte]) for byte in range(256)]
-    pieces = [list(piece.encode()) for piece in regex.findall(pattern, text)]
+    pieces = [list(piece.encode()) for text in texts for piece in regex.findall(pattern, text)]
     while len(tokens) < vocab_size:
         counts = Counter(pair for piece in pieces for pair in zip(piece, piece[1:], strict=False))
         # Other merges may have made the same bytes before: such a pair is passed over.

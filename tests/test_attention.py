@@ -164,11 +164,22 @@ def test_questions_without_letters_have_entropy_and_no_option_masses() -> None:
     assert "attn/entropy_mean" in names and not any("option" in name or "lens" in name for name in names)
 
 
-def test_a_heatmap_is_a_png_for_few_and_for_many_tokens() -> None:
-    for size, heads in ((12, 3), (60, 9)):
-        p = np.tril(np.ones((heads, size, size))) / np.arange(1, size + 1)[None, :, None]
-        png = heatmap_png(p, ["$x", "\n", " ", *"y" * (size - 3)], title="layer 0")
-        assert png.startswith(b"\x89PNG") and len(png) > 2000
+@pytest.mark.parametrize(("size", "heads"), [(12, 3), (60, 1), (256, 9)])
+def test_a_heatmap_is_a_png_with_a_square_per_head(tmp_path: Path, size: int, heads: int) -> None:
+    p = np.zeros((heads, size, size))
+    p[:, :, 0] = 1.0
+    file = tmp_path / "map.png"
+    file.write_bytes(heatmap_png(p, ["\n" if i == 5 else "x" for i in range(size)], title="layer 0, step 3"))
+    pixels = imread(file)[..., :3]
+    zoom, shown = max(1, 240 // size), min(heads, 8)
+    square = size * zoom + 8
+    assert pixels.shape == (square * math.ceil(shown / 4), square * min(4, shown), 3)
+    assert np.allclose(pixels[:4], 1) and np.allclose(pixels[4, 4] * 255, [8, 48, 107]), (
+        "margin, then attention 1"
+    )
+    assert np.allclose(pixels[4, 4 + zoom], 1), "attention 0 is white"
+    assert 0.9 < pixels[4 + 5 * zoom, 4 + zoom, 0] < 0.95, "the end of a line of text is marked"
+    assert b"layer 0, step 3" in file.read_bytes()
 
 
 def test_without_treescope_the_error_names_the_cure(monkeypatch: pytest.MonkeyPatch) -> None:

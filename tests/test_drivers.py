@@ -5,10 +5,14 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
 import subprocess
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import wandb_file
 
 from nanochat.common import UserError
 from nanochat.metrics import describe
@@ -23,7 +27,9 @@ STAGES = [
 ]  # fmt: skip
 H100 = "NVIDIA H100 80GB HBM3"
 OURS = (
-    {knob.name for knob in KNOBS} | set(plan.FOLDERS) | {"PRESET", "RUN", "FORCE", "DRY_RUN", "SETUP_EXTRAS"}
+    {knob.name for knob in KNOBS}
+    | set(plan.FOLDERS)
+    | {"PRESET", "RUN", "FORCE", "DRY_RUN", "SETUP_EXTRAS", "HF_HUB_OFFLINE"}
 )
 
 
@@ -41,7 +47,7 @@ def environment(
     }
     return {
         **kept,
-        "PATH": f"{fake}{os.pathsep}{os.environ['PATH']}",
+        "PATH": os.pathsep.join([str(fake), str(Path(sys.executable).parent), os.environ["PATH"]]),
         "NANOCHAT_BASE_DIR": str(tmp_path / "base"),
         "HF_HUB_OFFLINE": "1",
         **more,
@@ -243,21 +249,25 @@ def test_the_plan_knows_the_published_sizes() -> None:
 # ---- stages: markers and failures, with stages that are one-line scripts
 
 
-def stage_script(tmp_path: Path, body: str, **more: str) -> subprocess.CompletedProcess[str]:
-    """Source the functions of pipeline.sh, then run `body`; module X is a script that appends X to `ran`."""
+def write_driver(tmp_path: Path, body: str) -> Path:
+    """A driver with the functions of pipeline.sh and `body`; module X is a script that appends X to `ran`."""
     package = tmp_path / "fake"
     package.mkdir(exist_ok=True)
     for name in ("one", "two", "three"):
-        (package / f"{name}.py").write_text(
-            f"open({str(tmp_path / 'ran')!r}, 'a').write('{name} ')\nprint('hello from {name}')\n"
-        )
+        (package / f"{name}.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'a').write('{name} ')\n")
     (package / "bad.py").write_text("print('before'); raise SystemExit('it broke')\n")
+    (package / "endless.py").write_text("import time\nprint('started')\ntime.sleep(60)\n")
     functions = (ROOT / "scripts" / "pipeline.sh").read_text().split("# Flags that every stage")[0]
-    (tmp_path / "driver.sh").write_text(
+    driver = tmp_path / "driver.sh"
+    driver.write_text(
         f"set -euo pipefail\ncd {ROOT}\nRUN=r1\nsay() {{ printf '%s\\n' \"$*\" >&2; }}\nPYTHON=python\n"
         f"{functions}\nexport PYTHONPATH={package}\n{body}\n"
     )
-    return bash(f"bash {tmp_path}/driver.sh", environment(tmp_path, **more))
+    return driver
+
+
+def stage_script(tmp_path: Path, body: str, **more: str) -> subprocess.CompletedProcess[str]:
+    return bash(f"bash {write_driver(tmp_path, body)}", environment(tmp_path, **more))
 
 
 def ran(tmp_path: Path) -> list[str]:
@@ -314,6 +324,22 @@ def test_an_interrupted_stage_is_not_taken_for_finished(tmp_path: Path) -> None:
     stage_script(tmp_path, "need one after= single bad --a=1")
     stage_script(tmp_path, PIPE)
     assert ran(tmp_path) == ["one"], "the failed attempt may have spoiled what one left behind"
+
+
+def test_an_interrupt_says_how_to_go_on_and_leaves_no_marker(tmp_path: Path) -> None:
+    driver = write_driver(tmp_path, "need one after= single endless")
+    running = subprocess.Popen(
+        ["bash", driver], env=environment(tmp_path), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        start_new_session=True,
+    )  # fmt: skip
+    assert running.stdout is not None
+    for line in running.stdout:
+        if line == "started\n":
+            break
+    os.killpg(running.pid, signal.SIGINT)  # as Ctrl-C does
+    _, error = running.communicate(timeout=30)
+    assert running.returncode == 130 and "interrupted; to go on:" in error
+    assert not (tmp_path / "base" / "finished" / "d3" / "one").exists()
 
 
 # ---- .env
@@ -389,13 +415,23 @@ def test_three_gpus_use_as_many_as_divide_the_step() -> None:
 # ---- the real thing
 
 
+@pytest.fixture
+def kept_report() -> Iterator[None]:
+    """The driver copies its report into the repository; what lay there comes back."""
+    path = ROOT / "report.md"
+    before = path.read_bytes() if path.exists() else None
+    yield
+    path.unlink(missing_ok=True)
+    if before is not None:
+        path.write_bytes(before)
+
+
 @pytest.mark.slow
+@pytest.mark.usefixtures("kept_report")
 def test_every_stage_runs_through_the_real_driver_and_a_second_run_skips_them_all(tmp_path: Path) -> None:
-    env = environment(
-        tmp_path, RUN="e2e", WANDB_MODE="offline", SETUP_EXTRAS=os.environ.get("SETUP_EXTRAS", "test interp")
-    )
-    first = bash("bash run_aquarat_lite.sh", env, timeout=1200)
-    assert first.returncode == 0, first.stdout[-2000:] + first.stderr[-2000:]
+    env = environment(tmp_path, RUN="e2e", WANDB_MODE="offline", NO_INSTALL="1", NPROC="2")
+    first = bash("bash run_aquarat_lite.sh", env, timeout=1500)
+    assert first.returncode == 0, first.stdout[-3000:] + first.stderr[-3000:]
     base = tmp_path / "base"
     run = base / "runs" / "e2e"
     for stage in ("tok_train", "base", "mid", "sft", "rl", "chat_eval_mid", "chat_eval_sft", "chat_eval_rl"):
@@ -405,12 +441,17 @@ def test_every_stage_runs_through_the_real_driver_and_a_second_run_skips_them_al
     report = (base / "report" / "report.md").read_text()
     for title in ("Base model training", "Midtraining", "Chat SFT", "Chat RL", "Sample answers", "Summary"):
         assert f"## {title}" in report, title
-    names = {name for path in run.glob("*/metrics.jsonl") for row in read_metrics(path) for name in row} - {
-        "step",
-        "time",
+    assert "Not run" not in report
+    logged = {
+        path.parent.name: {name for row in read_metrics(path) for name in row}
+        for path in run.glob("*/metrics.jsonl")
     }
+    names = set().union(*logged.values()) - {"step", "time"}
     assert sorted(name for name in names if not describe(name)) == [], (
-        "curves that nanochat/metrics.py does not describe"
+        "curves without a line in nanochat/metrics.py"
     )
+    (offline,) = (run / "rl" / "wandb").glob("offline-run-*/run-*.wandb")
+    sent = {name.split(".")[0] for row in wandb_file.history(offline) for name in row}
+    assert logged["rl"] - {"step", "time"} <= sent, "every metric is in W&B's file, too"
     second = bash("bash run_aquarat_lite.sh", env, timeout=120)
     assert second.returncode == 0 and second.stdout.count("finished earlier") == len(STAGES) - 1

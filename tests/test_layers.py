@@ -8,7 +8,7 @@ from pathlib import Path
 
 LAYERS = [
     "common config schedule",
-    "tokenizer conversation dataset shards tracking provenance run_files calculator statistics metrics",
+    "tokenizer tokenizer_files conversation dataset shards tracking provenance run_files calculator statistics metrics",
     "architecture gpt head optim updates execution cloud",
     "checkpoint_manager checkpoints legacy dataloader packing engine decoder rows kv_cache sampling",
     "train rl policy_gradient shared_prefix letters attention accuracy evaluate core_eval",

@@ -67,6 +67,15 @@ def test_orthogonalize_keeps_the_singular_vectors() -> None:
     assert (inner.diagonal(dim1=-2, dim2=-1) - 1).abs().max() < 0.15
 
 
+@pytest.mark.parametrize("rank", [1, 4, 24])
+def test_wide_matrices_take_a_shorter_way_to_the_same_place(rank: int) -> None:
+    torch.manual_seed(0)
+    matrices = torch.randn(2, 24, rank) @ torch.randn(2, rank, 96) * 1e-3
+    expected = orthogonalize(matrices.double(), torch.float64)
+    torch.testing.assert_close(orthogonalize(matrices).double(), expected, atol=1e-4, rtol=0)
+    torch.testing.assert_close(orthogonalize(matrices.mT).double(), expected.mT, atol=1e-4, rtol=0)
+
+
 def test_orthogonalize_leaves_zero_alone() -> None:
     assert orthogonalize(torch.zeros(2, 4, 6)).eq(0).all()
 

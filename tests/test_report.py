@@ -104,7 +104,7 @@ def test_the_report_holds_every_part_and_its_figures(base: Path) -> None:
     assert "27.6 % to 31.5 %, +3.9 points; 30 gained, 20 lost, McNemar p = 0.2." in text
     assert "- AQUA rotations, eval/rotation_acc: 0.5000" in text
     assert "- vocab_size: 65,536" in text and "- compression: 4.8123" in text
-    assert "Left out:\n\n- Base model training: no shard: no network" in text
+    assert "Left out:\n\n- no shard: no network (Base model training)" in text
     for figure in ("base", "rl"):
         assert f"](report_figures/{figure}.png)" in text
         assert png_size(Path("report_figures") / f"{figure}.png") > (300, 200)

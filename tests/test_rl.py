@@ -258,7 +258,7 @@ def test_a_policy_learns_to_copy_the_marked_letter_from_chance_to_ninety_percent
     engine, optimizer = Engine(model, tokenizer), make_adamw(model, lr=3e-3, world=ALONE)
     history: list[float] = []
     for step in range(200):
-        if sum(history[-10:]) > 9.6:
+        if sum(history[-10:]) > 9.3:
             break
         questions = [(q, train[q]) for q in questions_for_step(0, step, 256, 32)]
         seeds = rollout_seeds(0, step, [q for q, _ in questions])

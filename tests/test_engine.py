@@ -1,0 +1,576 @@
+"""The engine: cached is uncached, company changes nothing, the stop token counts, and the tool speaks when it should."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from nanochat.common import UserError
+from nanochat.engine import Completion, Engine
+from nanochat.gpt import GPT, Attend, GPTConfig
+from nanochat.kv_cache import Extent
+from nanochat.rows import Request
+from nanochat.sampling import Sampling
+
+WORDS = ["bos", "user_start", "user_end", "assistant_start", "assistant_end"]
+WORDS += ["python_start", "python_end", "output_start", "output_end"]
+CHARACTERS = "0123456789+-*/(). abcdef"
+VOCAB = len(WORDS) + len(CHARACTERS)
+
+
+class Characters:
+    """A tokenizer of single characters; the specials come first."""
+
+    bos_id = 0
+
+    def special(self, name: str) -> int:
+        return WORDS.index(name.strip("<|>"))
+
+    def encode(self, text: str) -> list[int]:
+        return [len(WORDS) + CHARACTERS.index(character) for character in text]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return "".join(CHARACTERS[id - len(WORDS)] if id >= len(WORDS) else "?" for id in ids)
+
+
+BOS, USER, USER_END, ANSWER, STOP, PYTHON, PYTHON_END, OUTPUT, OUTPUT_END = range(len(WORDS))
+
+SHAPES: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "grouped queries": {"n_kv_head": 2},
+    "one key head": {"n_kv_head": 1},
+    "windows": {"window_pattern": "SSL", "window_len": 5},
+    "previous tokens": {"smear": 3},
+    "everything": {"n_kv_head": 2, "window_pattern": "SL", "window_len": 7, "smear": 2, "qk_scale": 1.2},
+}
+
+
+def make_model(*, dtype: torch.dtype = torch.float32, seed: int = 0, **shape: Any) -> GPT:
+    """A small model of random weights: nothing in it is zero, and it stops now and then."""
+    torch.manual_seed(seed)
+    values = {"n_head": 4, "n_embd": 32, "sequence_len": 96} | shape
+    model = GPT(GPTConfig.for_depth(3, vocab_size=VOCAB, **values), dtype=dtype)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if "c_proj" in name or name == "lm_head.weight":
+                weight.normal_(std=0.3)
+    return model
+
+
+def make_engine(model: GPT | None = None, **settings: Any) -> Engine:
+    return Engine(model or make_model(), Characters(), **settings)  # type: ignore[arg-type]
+
+
+def make_prompts(count: int, seed: int = 0, shortest: int = 1, longest: int = 40) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(shortest, longest + 1, (count,), generator=generator).tolist()
+    return [torch.randint(len(WORDS), VOCAB, (length,), generator=generator).tolist() for length in lengths]
+
+
+def ids_of(groups: list[list[Completion]]) -> list[list[list[int]]]:
+    return [[completion.ids for completion in group] for group in groups]
+
+
+def teacher_forced(model: GPT, prompt: Sequence[int], completion: Completion, temperature: float) -> Tensor:
+    """The log-probabilities that training computes for a completion: one plain forward of the whole row."""
+    row = torch.tensor([[*prompt, *completion.ids]])
+    states = model.hidden(row[:, :-1])[0, len(prompt) - 1 :]
+    return model.token_logprobs(states, torch.tensor(completion.ids), temperature=temperature)
+
+
+# --- the same numbers as the plain forward -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
+@pytest.mark.parametrize("settings", [{}, {"check_every": 7}, {"cache_bytes": 120_000}], ids=str)
+def test_the_samplers_logprobs_are_the_trainers(shape: dict[str, Any], settings: dict[str, Any]) -> None:
+    model, prompts = make_model(**shape), make_prompts(6)
+    groups = make_engine(model, **settings).generate(
+        prompts, num_samples=5, max_tokens=40, temperature=0.7, seeds=range(6)
+    )
+    stopped = 0
+    for prompt, group in zip(prompts, groups, strict=True):
+        for completion in group:
+            expected = teacher_forced(model, prompt, completion, 0.7)
+            torch.testing.assert_close(torch.tensor(completion.logprobs), expected, rtol=0, atol=1e-5)
+            stopped += not completion.truncated
+    assert 0 < stopped < 30, "the test must see rows that stop and rows that do not"
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
+@torch.no_grad()
+def test_cached_states_are_those_of_a_plain_forward(shape: dict[str, Any]) -> None:
+    model, prompts = make_model(**shape), make_prompts(5)
+    engine = make_engine(model)
+    with engine.decoder(Extent(5, 40, 15, 32, chunk=4), check_every=1) as decoder:
+        decoder.admit([Request(prompt, 1, range(3), 30, Sampling()) for prompt in prompts])
+        for _ in range(20):
+            decoder.step()
+            decoder._settle()
+            for number, row in enumerate(decoder.rows):
+                row_ids = torch.tensor([[*row.request.prompt, *row.ids]])
+                expected = model.logits(model.hidden(row_ids)[0, -1])
+                cached = model.logits(decoder.state["hidden"][number])
+                torch.testing.assert_close(cached, expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
+@torch.no_grad()
+def test_greedy_is_the_argmax_of_plain_forwards(shape: dict[str, Any]) -> None:
+    model, [prompt] = make_model(**shape), make_prompts(1)
+    [[completion]] = make_engine(model).generate([prompt], max_tokens=25, temperature=0.0, seeds=[0])
+    ids = list(prompt)
+    while ids[len(prompt) :] != completion.ids:
+        best = model.logits(model.hidden(torch.tensor([ids]))[0, -1]).argmax().item()
+        ids.append(int(best))
+        assert ids[len(prompt) :] == completion.ids[: len(ids) - len(prompt)]
+    expected = teacher_forced(model, prompt, completion, 1.0)
+    torch.testing.assert_close(torch.tensor(completion.logprobs), expected, rtol=0, atol=1e-5)
+
+
+def test_top_k_logprobs_are_renormalised_over_what_was_kept() -> None:
+    model, [prompt] = make_model(), make_prompts(1)
+    [[completion]] = make_engine(model).generate([prompt], max_tokens=20, temperature=0.8, top_k=4, seeds=[3])
+    row = torch.tensor([[*prompt, *completion.ids]])
+    logits = model.logits(model.hidden(row)[0, len(prompt) - 1 : -1]) / 0.8
+    kept, index = logits.topk(4)
+    for position, token in enumerate(completion.ids):
+        slot = index[position].tolist().index(token)
+        expected = kept[position].log_softmax(-1)[slot].item()
+        assert completion.logprobs[position] == pytest.approx(expected, abs=1e-5)
+
+
+@torch.no_grad()
+def test_bf16_agrees_with_the_plain_forward_to_bf16() -> None:
+    model, prompts = make_model(dtype=torch.bfloat16), make_prompts(4)
+    groups = make_engine(model).generate(prompts, num_samples=4, max_tokens=20, seeds=range(4))
+    gaps = torch.cat(
+        [
+            (teacher_forced(model, prompt, completion, 1.0) - torch.tensor(completion.logprobs)).abs()
+            for prompt, group in zip(prompts, groups, strict=True)
+            for completion in group
+        ]
+    )
+    assert gaps.mean() < 0.02 and gaps.max() < 0.2
+
+
+# --- company changes nothing -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_row_is_the_same_alone_and_among_64_mixed_rows(shape: dict[str, Any], temperature: float) -> None:
+    engine, prompts = make_engine(make_model(**shape)), make_prompts(16)
+    how = {"max_tokens": 24, "temperature": temperature}
+    together = engine.generate(prompts, num_samples=4, seeds=range(16), **how)  # type: ignore[arg-type]
+    for number in range(0, 16, 3):
+        alone = engine.generate([prompts[number]], num_samples=2, seeds=[number], **how)  # type: ignore[arg-type]
+        assert ids_of(alone)[0] == ids_of(together)[number][:2]
+
+
+@pytest.mark.parametrize("settings", [{"check_every": 1}, {"check_every": 5}, {"check_every": 64}], ids=str)
+@pytest.mark.parametrize("cache_bytes", [2**30, 200_000, 60_000, 1])
+def test_neither_pieces_nor_looking_seldom_change_a_sample(
+    settings: dict[str, Any], cache_bytes: int
+) -> None:
+    model, prompts = make_model(**SHAPES["everything"]), make_prompts(7)
+    how: dict[str, Any] = {"num_samples": 6, "max_tokens": 30, "seeds": range(7)}
+    expected = make_engine(model).generate(prompts, **how)
+    assert ids_of(make_engine(model, cache_bytes=cache_bytes, **settings).generate(prompts, **how)) == ids_of(
+        expected
+    )
+
+
+def test_order_of_prompts_does_not_matter() -> None:
+    engine, prompts = make_engine(), make_prompts(8)
+    forwards = engine.generate(prompts, num_samples=3, max_tokens=20, seeds=range(8))
+    backwards = engine.generate(prompts[::-1], num_samples=3, max_tokens=20, seeds=range(8)[::-1])
+    assert ids_of(forwards) == ids_of(backwards)[::-1]
+
+
+def test_samples_of_a_group_differ_from_the_first_token_on() -> None:
+    [group] = make_engine().generate(make_prompts(1), num_samples=64, max_tokens=1, seeds=[0])
+    assert len({completion.ids[0] for completion in group}) > 8
+
+
+def test_the_seed_decides() -> None:
+    engine, prompts = make_engine(), make_prompts(1)
+    one, same, other = (
+        ids_of(engine.generate(prompts, num_samples=4, max_tokens=20, seeds=[seed])) for seed in (1, 1, 2)
+    )
+    assert one == same != other
+
+
+def test_rows_admitted_and_dropped_midway_leave_the_others_alone() -> None:
+    engine, prompts = make_engine(make_model(**SHAPES["everything"])), make_prompts(6)
+    expected = engine.generate(prompts, num_samples=3, max_tokens=30, seeds=[9] * 6)
+    requests = [
+        Request(tuple(prompt), 9, range(3), 30, Sampling(), index=i) for i, prompt in enumerate(prompts)
+    ]
+    finished = []
+    with engine.decoder(Extent(6, 40, 18, 31, chunk=8), check_every=1) as decoder:
+        decoder.admit(requests[:2])
+        for step in range(45):
+            if step == 4:
+                decoder.admit(requests[2:5])
+            if step == 7:
+                decoder.drop([row for row in decoder.rows if row.request.index == 1 or row.sample == 2])
+            if step == 9:
+                decoder.admit(requests[5:])
+            if decoder.rows:
+                finished += decoder.step()
+    assert len(finished) >= 4
+    for row in finished:
+        assert row.ids == expected[row.request.index][row.sample].ids
+
+
+def test_rows_may_sample_in_different_ways() -> None:
+    engine, [prompt] = make_engine(), make_prompts(1)
+    ways = [Sampling(), Sampling(0.0), Sampling(0.8, top_k=5), Sampling(1.2, top_p=0.9)]
+    with engine.decoder(Extent(4, 40, 8, 21, chunk=21), check_every=1) as decoder:
+        rows = decoder.admit([Request(prompt, 4, range(2), 20, way, index=i) for i, way in enumerate(ways)])
+        while decoder.rows:
+            decoder.step()
+    for row in rows:
+        way = ways[row.request.index]
+        [alone] = engine.generate(
+            [prompt],
+            num_samples=2,
+            max_tokens=20,
+            seeds=[4],
+            **{k: getattr(way, k) for k in ("temperature", "top_k", "top_p")},
+        )
+        assert row.ids == alone[row.sample].ids
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    lengths=st.lists(st.integers(1, 60), min_size=1, max_size=6),
+    samples=st.integers(1, 4),
+    max_tokens=st.integers(1, 50),
+    cache_bytes=st.integers(1, 300_000),
+    check_every=st.integers(1, 9),
+)
+def test_any_mixture_gives_what_each_gives_alone(
+    lengths: list[int], samples: int, max_tokens: int, cache_bytes: int, check_every: int
+) -> None:
+    model = make_model(**SHAPES["everything"])
+    prompts = [make_prompts(1, seed, length, length)[0] for seed, length in enumerate(lengths)]
+    mixed = make_engine(model, cache_bytes=cache_bytes, check_every=check_every).generate(
+        prompts, num_samples=samples, max_tokens=max_tokens, seeds=range(len(prompts))
+    )
+    for seed, (prompt, group) in enumerate(zip(prompts, mixed, strict=True)):
+        [alone] = make_engine(model).generate(
+            [prompt], num_samples=samples, max_tokens=max_tokens, seeds=[seed]
+        )
+        assert [completion.ids for completion in group] == [completion.ids for completion in alone]
+
+
+# --- where a completion ends -------------------------------------------------------------------------------------
+
+
+def test_the_stop_token_is_returned_and_counts_as_sampled() -> None:
+    groups = make_engine().generate(make_prompts(8), num_samples=8, max_tokens=40, seeds=range(8))
+    for completion in (completion for group in groups for completion in group):
+        assert len(completion.ids) == len(completion.logprobs) == len(completion.mask) <= 40
+        assert completion.truncated == (completion.ids[-1] not in (STOP, BOS))
+        assert not {STOP, BOS}.intersection(completion.ids[:-1])
+        assert all(completion.mask)
+        assert completion.truncated <= (len(completion.ids) == 40)
+
+
+def test_generation_is_cut_where_the_models_rows_end() -> None:
+    engine = make_engine(script_model("5" * 200))
+    prompts = [[BOS] * 90, [BOS] * 95]
+    [[long], [short]] = engine.generate(prompts, max_tokens=40, temperature=0.0, seeds=[0, 0])
+    assert (len(long.ids), len(short.ids)) == (6, 1)
+    assert long.truncated and short.truncated
+
+
+def test_forbid_first_holds_for_the_first_token_only() -> None:
+    engine, prompts = make_engine(), make_prompts(4)
+    allowed = [STOP, *range(20, 24)]
+    forbidden = [token for token in range(VOCAB) if token not in allowed]
+    groups = engine.generate(prompts, num_samples=16, max_tokens=8, seeds=range(4), forbid_first=forbidden)
+    completions = [completion for group in groups for completion in group]
+    assert {completion.ids[0] for completion in completions} <= set(allowed)
+    assert any(token in forbidden for completion in completions for token in completion.ids[1:])
+    prompt, completion = prompts[0], groups[0][0]
+    logits = engine.model.logits(engine.model.hidden(torch.tensor([prompt]))[0, -1])
+    expected = logits[allowed].log_softmax(-1)[allowed.index(completion.ids[0])].item()
+    assert completion.logprobs[0] == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "word"),
+    [
+        ({"prompts": []}, "prompts is empty"),
+        ({"prompts": [[1, 2], []], "seeds": [0, 0]}, "prompt 1 is empty"),
+        ({"prompts": [[1] * 96]}, "sequence_len is 96"),
+        ({"prompts": [[VOCAB]]}, "prompt 0 holds ids"),
+        ({"prompts": [[-1]]}, "prompt 0 holds ids"),
+        ({"forbid_first": [VOCAB]}, "forbid_first"),
+        ({"forbid_first": list(range(VOCAB))}, "forbid_first"),
+        ({"max_tokens": 0}, "max_tokens=0"),
+        ({"num_samples": 0}, "num_samples=0"),
+        ({"seeds": [1, 2]}, "2 seeds for 1 prompts"),
+        ({"temperature": -0.5}, "temperature=-0.5"),
+        ({"top_k": -1}, "top_k=-1"),
+        ({"top_p": 0.0}, "top_p=0.0"),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_is_refused_in_a_line(wrong: dict[str, Any], word: str) -> None:
+    values: dict[str, Any] = {"prompts": [[1, 2]], "max_tokens": 4, "seeds": [0]} | wrong
+    prompts = values.pop("prompts")
+    with pytest.raises(UserError, match=word) as caught:
+        make_engine().generate(prompts, **values)
+    assert "\n" not in str(caught.value)
+
+
+# --- the tool ----------------------------------------------------------------------------------------------------
+
+
+class Script(GPT):
+    """A model that says `script`, whatever it is told: state and head map position p to script[p]."""
+
+    script: list[int]
+
+    def hidden(
+        self,
+        ids: Tensor,
+        *,
+        positions: Tensor | None = None,
+        context: Tensor | None = None,
+        attend: Attend | None = None,
+    ) -> Tensor:
+        if positions is None:
+            positions = torch.arange(ids.size(1)).expand_as(ids)
+        return torch.nn.functional.one_hot(torch.tensor(self.script)[positions], VOCAB).float()
+
+
+def script_model(text: str | Sequence[int], prompt: int = 1, length: int = 96) -> Script:
+    """Says `text`, then stops, after a prompt of `prompt` tokens."""
+    ids = Characters().encode(text) if isinstance(text, str) else list(text)
+    model = Script(
+        GPTConfig.for_depth(1, vocab_size=VOCAB, sequence_len=length, n_embd=VOCAB + VOCAB % 2, n_head=1)
+    )
+    model.script = ([0] * (prompt - 1) + ids + [STOP] * (length + 64))[: length + 64]
+    model.lm_head.weight = torch.nn.Parameter(torch.eye(VOCAB) * 60)
+    return model
+
+
+CHAT = [BOS, USER, 12, USER_END, ANSWER]
+
+
+def ask(script: Sequence[int], prompt: Sequence[int] = CHAT, check_every: int = 1, **how: Any) -> Completion:
+    model = script_model(script, len(prompt))
+    values: dict[str, Any] = {"max_tokens": 60, "temperature": 0.0, "seeds": [0]} | how
+    [[completion]] = make_engine(model, check_every=check_every).generate([prompt], **values)
+    return completion
+
+
+def call(expression: str, after: int = 0, rest: str = "a") -> list[int]:
+    """A script that calls the tool; `after` places are left for what the tool says."""
+    encode = Characters().encode
+    return [*encode("ab"), PYTHON, *encode(expression), PYTHON_END, *[12] * after, *encode(rest)]
+
+
+@pytest.mark.parametrize("check_every", [1, 2, 3, 4, 5, 16, 64])
+def test_the_result_is_forced_with_mask_and_logprob_zero(check_every: int) -> None:
+    encode = Characters().encode
+    forced = [OUTPUT, *encode("42"), OUTPUT_END]
+    completion = ask(call("6*7", after=len(forced)), check_every=check_every)
+    said = [*encode("ab"), PYTHON, *encode("6*7"), PYTHON_END]
+    assert completion.ids == [*said, *forced, *encode("a"), STOP]
+    assert completion.mask == [1] * len(said) + [0] * len(forced) + [1, 1]
+    assert [
+        logprob == 0.0 for logprob, mask in zip(completion.logprobs, completion.mask, strict=True) if not mask
+    ] == [True] * len(forced)
+    assert not completion.truncated
+
+
+@pytest.mark.parametrize("check_every", [1, 4])
+def test_two_calls_give_two_results(check_every: int) -> None:
+    encode = Characters().encode
+    first, second = [OUTPUT, *encode("3"), OUTPUT_END], [OUTPUT, *encode("-1"), OUTPUT_END]
+    script = [*call("1+2", after=3, rest=""), *call("1-2", after=4, rest="c")]
+    completion = ask(script, check_every=check_every)
+    assert completion.ids == [
+        *[*encode("ab"), PYTHON, *encode("1+2"), PYTHON_END, *first],
+        *[*encode("ab"), PYTHON, *encode("1-2"), PYTHON_END, *second, *encode("c"), STOP],
+    ]
+
+
+@pytest.mark.parametrize("expression", ["", "1/0", "abc", "1+", "(((", "9**9**9"])
+def test_an_expression_without_a_value_forces_nothing(expression: str) -> None:
+    completion = ask(call(expression))
+    assert completion.ids == [*call(expression), STOP]
+    assert all(completion.mask)
+
+
+def test_without_use_tools_nothing_is_forced() -> None:
+    assert ask(call("6*7"), use_tools=False).ids == [*call("6*7"), STOP]
+
+
+@pytest.mark.parametrize("prompt", [[BOS, 12], [BOS, USER, 12], [BOS, ANSWER, 12, STOP, 12]], ids=str)
+def test_outside_an_answer_nothing_is_forced(prompt: list[int]) -> None:
+    assert ask(call("6*7"), prompt).ids == [*call("6*7"), STOP]
+
+
+def test_an_end_without_a_start_forces_nothing() -> None:
+    script = [*Characters().encode("6*7"), PYTHON_END, *Characters().encode("a")]
+    assert ask(script).ids == [*script, STOP]
+
+
+@pytest.mark.parametrize("max_tokens", range(1, 15))
+@pytest.mark.parametrize("check_every", [1, 5])
+def test_a_forced_result_respects_max_tokens(max_tokens: int, check_every: int) -> None:
+    whole = ask(call("6*7", after=4), check_every=check_every)
+    cut = ask(call("6*7", after=4), check_every=check_every, max_tokens=max_tokens)
+    assert cut.ids == whole.ids[:max_tokens]
+    assert cut.mask == whole.mask[:max_tokens]
+    assert cut.truncated == (max_tokens < len(whole.ids))
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
+@pytest.mark.parametrize("check_every", [1, 6])
+def test_rows_that_called_the_tool_go_on_as_a_plain_forward_would(
+    shape: dict[str, Any], check_every: int
+) -> None:
+    """A forced result is put in after every digit that a random model samples, so rows call at different times."""
+    model = make_model(**shape)
+    engine = make_engine(model, check_every=check_every)
+    engine.marks.python = (20, 21)  # common characters open and close an expression
+    engine.marks.all = engine.marks.stops | {20, 21}
+    engine.marks.tokenizer = SevenForAll()  # type: ignore[assignment]
+    prompts = [[*prompt, ANSWER] for prompt in make_prompts(5)]
+    groups = engine.generate(prompts, num_samples=8, max_tokens=40, seeds=range(5))
+    calls = 0
+    for prompt, group in zip(prompts, groups, strict=True):
+        for completion in group:
+            expected = teacher_forced(model, prompt, completion, 1.0) * torch.tensor(completion.mask)
+            torch.testing.assert_close(torch.tensor(completion.logprobs), expected, rtol=0, atol=1e-5)
+            calls += completion.mask.count(0)
+    assert calls > 20
+
+
+class SevenForAll(Characters):
+    """Every expression reads 7."""
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return "7"
+
+
+# --- streams and storage -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_stream_is_the_first_sample_of_generate(temperature: float) -> None:
+    engine, prompts = make_engine(make_model(**SHAPES["everything"])), make_prompts(5)
+    for seed, prompt in enumerate(prompts):
+        how: dict[str, Any] = {"max_tokens": 30, "temperature": temperature}
+        [[whole]] = engine.generate([prompt], seeds=[seed], **how)
+        pieces = list(engine.stream(prompt, seed=seed, **how))
+        assert [token for token, _ in pieces] == whole.ids
+        assert [logprob for _, logprob in pieces] == pytest.approx(whole.logprobs, abs=1e-5)
+
+
+def test_a_stream_shows_forced_tokens_too() -> None:
+    engine = make_engine(script_model(call("6*7", after=4), len(CHAT)))
+    ids = [token for token, _ in engine.stream(CHAT, max_tokens=60, temperature=0.0)]
+    assert ids == ask(call("6*7", after=4)).ids
+
+
+def test_two_streams_and_a_batch_at_once_do_not_disturb_each_other() -> None:
+    engine, (one, two, three) = make_engine(), make_prompts(3)
+    expected = [[token for token, _ in engine.stream(prompt, max_tokens=30, seed=1)] for prompt in (one, two)]
+    streams = [engine.stream(prompt, max_tokens=30, seed=1) for prompt in (one, two)]
+    shown: list[list[int]] = [[], []]
+    for _ in range(30):
+        for ids, stream in zip(shown, streams, strict=True):
+            ids += [token for token, _ in [next(stream, (-1, 0.0))] if token >= 0]
+        engine.generate([three], num_samples=2, max_tokens=3, seeds=[0])
+    assert shown == expected
+
+
+def test_a_stream_checks_its_arguments_before_the_first_token() -> None:
+    with pytest.raises(UserError, match="max_tokens=0"):
+        make_engine().stream([1], max_tokens=0)
+
+
+def test_a_closed_stream_leaves_the_engine_usable() -> None:
+    engine, [prompt] = make_engine(), make_prompts(1)
+    expected = ids_of(engine.generate([prompt], max_tokens=20, seeds=[5]))
+    stream = engine.stream(prompt, max_tokens=20, seed=5)
+    next(stream)
+    stream.close()  # type: ignore[attr-defined]
+    assert ids_of(engine.generate([prompt], max_tokens=20, seeds=[5])) == expected
+
+
+def test_storage_is_kept_between_calls() -> None:
+    engine, prompts = make_engine(), make_prompts(4)
+    engine.generate(prompts, num_samples=4, max_tokens=20, seeds=range(4))
+    first = engine.spare[0].data_ptr()
+    for _ in range(3):
+        engine.generate(prompts[:2], num_samples=4, max_tokens=12, seeds=range(2))
+    assert [storage.data_ptr() for storage in engine.spare] == [first]
+
+
+def test_weights_are_read_anew_at_every_call() -> None:
+    for dtype in (torch.float32, torch.bfloat16):
+        model, prompts = make_model(dtype=dtype), make_prompts(3)
+        engine = make_engine(model)
+        engine.generate(prompts, max_tokens=10, seeds=range(3))
+        other = make_model(dtype=dtype, seed=1)
+        model.load_state_dict(other.state_dict())
+        expected = make_engine(other).generate(prompts, max_tokens=10, seeds=range(3))
+        assert engine.generate(prompts, max_tokens=10, seeds=range(3)) == expected
+
+
+def test_the_copy_in_the_compute_dtype_leaves_the_model_as_it_was() -> None:
+    model = make_model(dtype=torch.bfloat16, smear=2)
+    before = {name: weight.clone() for name, weight in model.state_dict().items()}
+    make_engine(model).generate([[1, 2]], max_tokens=4, seeds=[0])
+    assert all(weight.dtype == torch.float32 and weight.requires_grad for weight in model.parameters())
+    assert all(before[name].equal(weight) for name, weight in model.state_dict().items())
+
+
+def test_weights_that_are_not_finite_are_reported_and_do_no_lasting_harm() -> None:
+    model, prompts = make_model(), make_prompts(3)
+    engine = make_engine(model)
+    expected = engine.generate(prompts, max_tokens=10, seeds=range(3))
+    good = {name: weight.clone() for name, weight in model.state_dict().items()}
+    with torch.no_grad():
+        model.lm_head.weight.fill_(float("nan"))
+        model.blocks[0].attn.c_v.weight.fill_(float("nan"))
+    with pytest.raises(FloatingPointError, match="not finite"):
+        engine.generate(prompts, max_tokens=10, seeds=range(3))
+    model.load_state_dict(good)
+    assert engine.generate(prompts, max_tokens=10, seeds=range(3)) == expected
+
+
+def test_a_scale_that_would_overflow_is_refused() -> None:
+    with pytest.raises(UserError, match="qk_scale"):
+        make_engine(make_model(qk_scale=6.0)).generate([[1]], max_tokens=2, seeds=[0])
+
+
+def test_gradients_are_not_recorded_and_training_may_follow() -> None:
+    model, prompts = make_model(), make_prompts(2)
+    [[completion], _] = make_engine(model).generate(prompts, max_tokens=10, seeds=range(2))
+    teacher_forced(model, prompts[0], completion, 1.0).sum().backward()
+    assert all(weight.grad is not None for weight in model.parameters())
+
+
+def test_a_completion_is_plain_data() -> None:
+    [[completion]] = make_engine().generate([[1, 2]], max_tokens=3, seeds=[0])
+    assert dataclasses.asdict(completion).keys() == {"ids", "logprobs", "mask", "truncated"}
+    assert all(type(token) is int for token in completion.ids)
+    assert all(type(value) is float for value in completion.logprobs)
