@@ -35,7 +35,7 @@ from nanochat.dataloader import Batch
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.optim import make_optimizer
 from nanochat.train import compile_model, next_token_loss, optimizer_step, peak_flops
-from nanochat.updates import orthogonalize
+from nanochat.updates import POLAR_EXPRESS, POLAR_MARGIN
 
 
 @dataclass(frozen=True)
@@ -89,6 +89,17 @@ def our_side(
     return step
 
 
+def plain_polar(matrix: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Polar Express as its paper writes it."""
+    x = matrix.to(dtype)
+    x = x / (x.norm() * POLAR_MARGIN + 1e-12)
+    x = x.T if matrix.size(0) > matrix.size(1) else x
+    for a, b, c in POLAR_EXPRESS:
+        square = x @ x.T
+        x = a * x + (b * square + c * square @ square) @ x
+    return (x.T if matrix.size(0) > matrix.size(1) else x).to(matrix.dtype)
+
+
 def plain_side(depth: int, config: Config, batch: Batch, world: World) -> Callable[[], float]:
     """The same step written out the first way that comes to mind."""
     model = make_model(depth, config, world)
@@ -118,9 +129,8 @@ def plain_side(depth: int, config: Config, batch: Batch, world: World) -> Callab
             for weight, momentum in zip(matrices, momenta, strict=True):
                 assert weight.grad is not None
                 momentum.lerp_(weight.grad, 1 - keep)
-                change = orthogonalize(weight.grad.lerp(momentum, keep).unsqueeze(0), dtype)[0]
-                size = 0.02 * max(1.0, weight.size(0) / weight.size(1)) ** 0.5
-                weight.sub_(size * change.to(weight.dtype))
+                change = plain_polar(weight.grad.lerp(momentum, keep), dtype)
+                weight.sub_(0.02 * max(1.0, weight.size(0) / weight.size(1)) ** 0.5 * change)
         adamw.step()
         model.zero_grad()
         return loss.item()

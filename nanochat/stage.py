@@ -192,13 +192,22 @@ class Stage:
 
 @contextmanager
 def open_stage(
-    source: str, config: Any, world: World, *, tag: str, parent: dict[str, Any] | None = None
+    source: str,
+    config: Any,
+    world: World,
+    *,
+    tag: str,
+    parent: dict[str, Any] | None = None,
+    record: str = "",
 ) -> Iterator[Stage]:
-    """The stage `source` under the model tag `tag`; `parent` is the meta of the checkpoint that it starts from."""
+    """The stage `source` under the model tag `tag`; `parent` is the meta of the checkpoint that it starts from.
+
+    `record` names its folder in the run directory, by default as the stage.
+    """
     made_by = identity(config, parent)
     resumed = _own_checkpoint(source, tag, made_by, config.resume, world)
     resume_step = resumed.step + 1 if resumed else None
-    with open_run(source, config, world, resume_step=resume_step) as tracker:
+    with open_run(record or source, config, world, resume_step=resume_step) as tracker:
         yield Stage(source, config, world, tracker, tag=tag, made_by=made_by, resumed=resumed)
 
 

@@ -56,6 +56,8 @@ class Config(StageConfig):
     """control: no answer may begin with the answer line, so how much of a gain is only a choice of style?"""
     allow_code_execution: bool = False
     """HumanEval runs programs that the model wrote; they are confined, but this is not a sandbox"""
+    label: str = ""
+    """name of this evaluation in the run directory; by default chat_eval_ and the stage"""
     aqua_path: str | None = None
     """file or folder of AQuA"""
 
@@ -70,7 +72,7 @@ def main(config: Config) -> None:
     world = compute_init(config.device_type, config.dtype, config.seed)
     asked = Asked(config, world)
     names = config.task_name.split("|") if config.task_name else list(EVALUATED)
-    with open_run(f"chat_eval_{config.source}", config, world) as tracker:
+    with open_run(config.label or f"chat_eval_{config.source}", config, world) as tracker:
         results: dict[str, Any] = {}
         for name in names:
             try:
@@ -168,7 +170,7 @@ class Asked:
         limit = None if self.config.max_problems < 0 else self.config.max_problems
         if mode == "letters":
             return evaluate_letters(engine.model, self.tokenizer, task, self.world, limit=limit)
-        forbidden = self.bare_opening(task) if self.config.forbid_bare else ()
+        forbidden = self.bare_opening() if self.config.forbid_bare else ()
         return evaluate_generative(
             engine,
             self.tokenizer,
@@ -191,9 +193,12 @@ class Asked:
             "seed": self.config.seed,
         }
 
-    def bare_opening(self, task: Any) -> list[int]:
-        """The tokens that open an answer which gives the letter at once."""
-        return sorted({self.tokenizer.encode(f"Answer: {letter}")[0] for letter in task[0]["letters"]})
+    def bare_opening(self) -> list[int]:
+        """Tokens that open an answer which gives the letter at once."""
+        from tasks.synthetic import opens_bare
+
+        ordinary = range(self.tokenizer.vocab_size)
+        return [token for token in ordinary if opens_bare(self.tokenizer.token_bytes_of(token))]
 
 
 def chat_core(results: dict[str, Any]) -> float:

@@ -63,6 +63,8 @@ class Config(StageConfig):
     """for exactly one well-formed answer line"""
     reward_control: Literal["none", "random"] = "none"
     """random: the control in which rewards are drawn by lot; nothing should be learnt"""
+    save_tag: str = ""
+    """folder of the checkpoints that are written; by default that of the start, or with -random for the control"""
     advantage: Literal["center", "zscore", "rloo"] = "center"
     """a reward against its group's mean; over its standard deviation; against the mean of the others"""
     loss: Literal["dapo", "dr_grpo", "grpo"] = "dapo"
@@ -185,8 +187,10 @@ def main(config: Config) -> None:
     reference = frozen_copy(policy) if config.kl_every > 0 or config.kl_coef else None
     engine = Engine(policy, tokenizer)
     optimizer = make_rl_optimizer(policy, config, world)
-    tag = config.model_tag or find_tag(config.source)
-    with open_stage("rl", config, world, tag=tag, parent=parent) as stage:
+    control = "random" if config.reward_control == "random" else ""
+    tag = config.save_tag or "-".join(filter(None, [config.model_tag or find_tag(config.source), control]))
+    record = f"rl_{control}" if control else "rl"
+    with open_stage("rl", config, world, tag=tag, parent=parent, record=record) as stage:
         tell(stage.tracker, notes)
         stage.restore(policy, optimizer)
         telemetry = Telemetry(

@@ -128,7 +128,7 @@ def _chat_folder(path: str | Path | None) -> tuple[Path | None, list[str]]:
 
 
 def read_chat_folder(folder: Path) -> Rows[Conversation]:
-    """All conversations of the folder's files."""
-    files = sorted(folder.glob("*.jsonl*"))
+    """All conversations of the folder's files, but those of GSM8K: it is a part of its own, with rows held out."""
+    files = sorted(file for file in folder.glob("*.jsonl*") if "gsm8k" not in file.name)
     lines = itertools.chain.from_iterable(read_lines(file) for file in files)
     return parse_rows(lines, parse_chat, source=f"{folder} ({len(files)} files)", max_bad_share=MAX_BAD_SHARE)
