@@ -18,7 +18,8 @@ METRICS: dict[str, str] = {
     "train/update_norm": "How far the weights move in one step; zero in a step without a live group.",
     "val/bpb": "Bits per byte of unseen text; falls with the training loss and never turns up in a first epoch.",
     "val/loss*": "Loss on unseen conversations; when it turns up while the training loss falls, stop earlier.",
-    "train/skipped": "Updates left out because the gradient was not finite; stays 0.",
+    "train/skipped_steps": "Updates left out because the gradient was not finite; stays 0.",
+    "train/skipped": "1 where the update was left out: no live group, or a gradient that is not finite.",
     # reward
     "rl/acc": "Share of sampled answers that are right; noisy, but its mean over 20 steps should rise.",
     "rl/mean_reward": "Follows rl/acc, plus 0.1 for every well-formed answer.",

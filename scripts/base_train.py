@@ -22,7 +22,11 @@ from nanochat.common import UserError
 from nanochat.config import TrainConfig, cli
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from nanochat.architecture import GPTConfig
+    from nanochat.dataloader import Batch
+    from nanochat.gpt import GPT
     from nanochat.tokenizer import Tokenizer
 
 
@@ -58,6 +62,8 @@ class Config(TrainConfig):
     """tokens of one validation"""
     synthetic_share: float = 0.0
     """share of the documents that are of our own writing"""
+    isolate: bool = False
+    """documents that share a row do not see each other; worth it where they are short"""
     drill_iterations: int = 0
     """first steps, which train on the look-up drill"""
 
@@ -116,7 +122,7 @@ def main(config: Config) -> None:
             model,
             optimizer,
             batches,
-            next_token_loss,
+            partial(document_loss, bos=tokenizer.bos_id) if config.isolate else next_token_loss,
             num_steps=num_steps,
             grad_accum=grad_accum,
             schedule=schedule,
@@ -142,6 +148,12 @@ def main(config: Config) -> None:
             }
         )
     compute_cleanup(world)
+
+
+def document_loss(model: GPT, batch: Batch, *, bos: int) -> Tensor:
+    """Cross entropy summed over the batch's targets, each document (it begins with BOS) seeing only itself."""
+    loss: Tensor = model(batch.inputs, batch.targets, segments=(batch.inputs == bos).cumsum(1))
+    return loss
 
 
 def drill_documents(tokenizer: Tokenizer, num_tokens: int, seed: int) -> int:

@@ -94,6 +94,9 @@ trap 'say ""; say "interrupted; to go on: $TO_GO_ON"; exit 130' INT
 common=(--run="$RUN" --seed="$SEED" --model_tag="$MODEL_TAG"
   ${DEVICE_TYPE:+--device_type="$DEVICE_TYPE"} ${DTYPE:+--dtype="$DTYPE"})
 
+rates=(--matrix_lr="$MATRIX_LR" --embedding_lr="$EMBEDDING_LR"
+  --unembedding_lr="$UNEMBEDDING_LR" --scalar_lr="$SCALAR_LR")
+
 # Splits the EXTRA_ knobs at blanks, without expanding anything in them.
 extra() { IFS=' ' read -r -a more <<<"$1"; }
 
@@ -121,11 +124,11 @@ need tok_eval after=tok_train single scripts.tok_eval --run="$RUN"
 
 # Base model
 extra "$EXTRA_BASE_TRAIN"
-need base_train after=tok_train ranks scripts.base_train "${common[@]}" \
+need base_train after=tok_train ranks scripts.base_train "${common[@]}" "${rates[@]}" \
   --depth="$DEPTH" ${N_EMBD:+--n_embd="$N_EMBD"} ${N_HEAD:+--n_head="$N_HEAD"} --smear="$SMEAR" \
   --max_seq_len="$SEQUENCE_LEN" --num_iterations="$BASE_STEPS" \
   --total_batch_size="$BASE_BATCH_TOKENS" --device_batch_size="$BASE_DEVICE_BATCH_SIZE" \
-  --synthetic_share="$SYNTHETIC_SHARE" --drill_iterations="$DRILL_ITERATIONS" \
+  --synthetic_share="$SYNTHETIC_SHARE" --drill_iterations="$DRILL_ITERATIONS" --isolate="$ISOLATE" \
   --eval_every="$EVAL_EVERY" --eval_tokens="$EVAL_TOKENS" ${more[@]+"${more[@]}"}
 need base_loss after=base_train ranks scripts.base_loss "${common[@]}" \
   --device_batch_size="$BASE_DEVICE_BATCH_SIZE" --split_tokens="$EVAL_TOKENS"
@@ -139,14 +142,14 @@ evaluate() { # evaluate SOURCE after=STAGES flags...
 }
 
 extra "$EXTRA_MID_TRAIN"
-need mid_train after=base_train ranks scripts.mid_train "${common[@]}" --num_iterations="$MID_ITERATIONS" \
+need mid_train after=base_train ranks scripts.mid_train "${common[@]}" "${rates[@]}" --num_iterations="$MID_ITERATIONS" \
   --total_batch_size="$MID_BATCH_TOKENS" --device_batch_size="$MID_DEVICE_BATCH_SIZE" \
   --synthetic_examples="$SYNTHETIC_EXAMPLES" --other_examples="$OTHER_EXAMPLES" \
   --eval_every="$EVAL_EVERY" --eval_tokens="$EVAL_TOKENS" ${more[@]+"${more[@]}"}
 evaluate mid after=mid_train
 
 extra "$EXTRA_CHAT_SFT"
-need chat_sft after=mid_train ranks scripts.chat_sft "${common[@]}" --num_iterations="$SFT_ITERATIONS" \
+need chat_sft after=mid_train ranks scripts.chat_sft "${common[@]}" "${rates[@]}" --num_iterations="$SFT_ITERATIONS" \
   --total_batch_size="$SFT_BATCH_TOKENS" --device_batch_size="$SFT_DEVICE_BATCH_SIZE" \
   --aqua_train_examples="$AQUA_TRAIN_EXAMPLES" --aqua_val_examples="$AQUA_VAL_EXAMPLES" \
   --synthetic_examples="$SYNTHETIC_EXAMPLES" --other_examples="$OTHER_EXAMPLES" \

@@ -3,6 +3,7 @@ What the main job will do on this machine, and what it will cost, before anythin
 
     python3 -m scripts.plan            prints the plan
     python3 -m scripts.plan --shell    prints the settings for scripts/pipeline.sh, quoted for a shell
+    python3 -m scripts.plan --env      prints the lines of .env.template for all knobs
 
 Settings are the presets' numbers (scripts/presets.py), overridden by environment variables of the same names, fitted to
 the GPUs there are. The formulas are the usual ones: 6 FLOPs for each token and each parameter that is not a look-up, plus
@@ -300,8 +301,16 @@ def shell(settings: Settings, env: Mapping[str, str], machine: Machine) -> str:
     return "\n".join(f"{name}={shlex.quote(str(value))}" for name, value in values.items())
 
 
+def env_lines() -> str:
+    """What each knob is, as comments of .env.template."""
+    return "\n".join(f"# {knob.help}\n# {knob.name}=" for knob in KNOBS)
+
+
 def main(argv: list[str]) -> int:
-    """Print the plan or the settings; one line and exit code 2 for a wrong value."""
+    """Print the plan, the settings or the knobs; one line and exit code 2 for a wrong value."""
+    if "--env" in argv:
+        print(env_lines())
+        return 0
     try:
         machine = detect(os.environ)
         settings = resolve(os.environ, machine)

@@ -100,7 +100,11 @@ def main(config: Config) -> None:
         raise UserError(
             "--entity is missing; give --entity=NAME or set WANDB_ENTITY (or look first with --dry-run)"
         )
-    saved = workspace(wanted).save()
+    wished = workspace(wanted)
+    try:
+        saved = wished.save()
+    except Exception as error:  # whatever the account, the key or the network says: one line of it
+        raise UserError(f"the workspace cannot be saved: {' '.join(str(error).split())[:300]}") from error
     print(f"workspace: {saved.url}")
 
 

@@ -21,7 +21,7 @@ from tasks.customjson import CustomJSON
 from tasks.gsm8k import GSM8K
 from tasks.humaneval import HumanEval
 from tasks.mmlu import MMLU
-from tasks.prose import drill_document, identity_conversations, pretraining_document
+from tasks.prose import drill_conversation, drill_document, identity_conversations, pretraining_document
 from tasks.rows import DataUnavailable
 from tasks.smoltalk import SmolTalk
 from tasks.synthetic import Synthetic
@@ -47,6 +47,25 @@ class Listed(Task):
 
     def evaluate(self, conversation: Conversation, text: str) -> bool:
         raise UserError(f"{self.name} is trained on, not marked; evaluate another task")
+
+
+class Drills(Task):
+    """Single look-ups, value to letter, as conversations: a tenth of these among the problems keeps the skill alive."""
+
+    name = "look-ups"
+
+    def __init__(self, count: int, *, seed: int = 42) -> None:
+        super().__init__()
+        self.source, self._count, self._seed = "built in", count, seed
+
+    def num_examples(self) -> int:
+        return self._count
+
+    def get_example(self, index: int) -> Conversation:
+        return drill_conversation(index, self._seed)
+
+    def evaluate(self, conversation: Conversation, text: str) -> bool:
+        raise UserError("look-ups are trained on, not marked; evaluate SYNTHETIC")
 
 
 def identity(seed: int = 42) -> Task:
@@ -167,7 +186,7 @@ def problems(wanted: WordProblems) -> list[Part]:
     built_in = Part(
         "SYNTHETIC", lambda: Synthetic("train", size=count, seed=seed, quality=wanted.quality), count
     )
-    return [aqua, built_in]
+    return [aqua, built_in, Part("look-ups", lambda: Drills(count // 10, seed=seed), count // 10)]
 
 
 def _can_be_had(part: Part) -> bool:

@@ -201,6 +201,11 @@ class TaskMixture(Task):
         return self.tasks[number], inner
 
 
+def option_line(choice: str, letter: str) -> str:
+    """One option as a prompt shows it: `- 21=A`."""
+    return f"- {' '.join(choice.split())}={letter}"
+
+
 def render_multiple_choice(
     question: str, letters: Sequence[str], choices: Sequence[str], *, instruction: str = REASON_FIRST
 ) -> str:

@@ -18,7 +18,7 @@ from itertools import count
 from random import Random
 
 from nanochat.common import derive_seed
-from tasks.common import ANSWER_PREFIX, Conversation, render_multiple_choice
+from tasks.common import ANSWER_PREFIX, Conversation, option_line, render_multiple_choice
 from tasks.families import NAMES, THINGS
 from tasks.problem import LETTERS, Problem
 from tasks.synthetic import Synthetic, check_arithmetic, choose_options
@@ -53,12 +53,19 @@ _OPERATORS = {"+": "plus", "-": "minus", "*": "times", "/": "divided by"}
 
 
 def drill_document(index: int, seed: int) -> str:
-    """Five options as a prompt shows them, then their values in random order, each with its letter as a reply gives it."""
+    """
+    Five options as a prompt shows them, the same lines in another order, then each value with its letter as a reply gives it.
+
+    The repeated lines are the easiest look-up there is (the same words, then the letter), and the circuit that finds them
+    is the one that the replies need: with them the replies are learnt in half the steps.
+    """
     random = Random(derive_seed("drill", seed, index))
     values = _option_values(random)
-    answers = [_looked_up(value, letter) for value, letter in zip(values, LETTERS, strict=True)]
-    random.shuffle(answers)
-    return "\n".join([render_multiple_choice("Find each.", LETTERS, list(map(str, values))), *answers])
+    pairs = list(zip(map(str, values), LETTERS, strict=True))
+    prompt = render_multiple_choice("Find each.", LETTERS, [value for value, _ in pairs])
+    again = [option_line(value, letter) for value, letter in random.sample(pairs, len(pairs))]
+    answers = [_looked_up(value, letter) for value, letter in random.sample(pairs, len(pairs))]
+    return "\n".join([prompt, *again, *answers])
 
 
 def drill_conversation(index: int, seed: int) -> Conversation:
@@ -72,7 +79,7 @@ def drill_conversation(index: int, seed: int) -> Conversation:
     ).conversation()
 
 
-def _looked_up(value: int, letter: str) -> str:
+def _looked_up(value: str, letter: str) -> str:
     return f"{value}. {value}\n{ANSWER_PREFIX} {letter}"
 
 

@@ -14,11 +14,10 @@ from pathlib import Path
 import pytest
 import wandb_file
 
-from nanochat.common import UserError
 from nanochat.metrics import describe
 from nanochat.run_files import read_json, read_metrics
-from scripts import plan, presets
-from scripts.presets import KNOBS, PRESETS, Machine
+from scripts import plan
+from scripts.presets import KNOBS
 
 ROOT = Path(__file__).resolve().parent.parent
 STAGES = [
@@ -212,40 +211,6 @@ def test_a_dry_run_leaves_nothing_behind(tmp_path: Path) -> None:
     assert [path.name for path in (tmp_path / "base").rglob("*")] == []
 
 
-@pytest.mark.parametrize("preset", PRESETS)
-def test_every_preset_divides_its_steps(preset: str) -> None:
-    machine = Machine((H100,) * (8 if preset == "gpu8" else 1), 80.0, 16)
-    settings = plan.resolve({"PRESET": preset}, machine)
-    for stage in ("BASE", "MID", "SFT"):
-        round_tokens = (
-            int(settings[f"{stage}_DEVICE_BATCH_SIZE"])
-            * int(settings["SEQUENCE_LEN"])
-            * int(settings["NPROC"])
-        )
-        assert int(settings[f"{stage}_BATCH_TOKENS"]) % round_tokens == 0
-
-
-def test_the_plan_counts_as_the_model_does() -> None:
-    torch = pytest.importorskip("torch")
-    from nanochat.gpt import GPT
-
-    for env in ({"PRESET": "cpu"}, {"PRESET": "lite"}, {"PRESET": "gpu8", "DEPTH": "2", "VOCAB_SIZE": "512"}):
-        config = plan.model(plan.resolve(env, Machine((H100,), 80.0, 2)))
-        with torch.device("meta"):
-            model = GPT(config)
-        assert plan.num_params(config) == model.num_params()
-        assert plan.flops_per_token(config, 64) == pytest.approx(model.flops_per_token(64), rel=1e-3)
-
-
-def test_the_plan_knows_the_published_sizes() -> None:
-    settings = plan.resolve({"DEPTH": "20"}, Machine((H100,) * 8, 80.0, 208))
-    (base, *_) = plan.work(settings)
-    assert base.num_tokens == pytest.approx(20 * 560_988_160, rel=1e-3)
-    assert base.flops == pytest.approx(3.9e19, rel=0.02)
-    hours = plan.seconds(settings, [base], presets.GPUS[3], 8) / 3600
-    assert presets.GPUS[3].name == "H100" and 3 < hours < 4
-
-
 # ---- stages: markers and failures, with stages that are one-line scripts
 
 
@@ -387,29 +352,6 @@ def test_relative_folders_mean_where_the_user_stands(tmp_path: Path) -> None:
     env = environment(tmp_path, DRY_RUN="1", NANOCHAT_DATA_DIR="d")
     done = bash(f"bash {ROOT}/run_aquarat_small.sh", env, cwd=tmp_path / "here")
     assert done.returncode == 0 and "--dataset=AQUA" in done.stdout, done.stderr
-
-
-# ---- the plan's pieces
-
-
-def test_knobs_have_one_kind_of_value_and_distinct_names() -> None:
-    assert len({knob.name for knob in KNOBS}) == len(KNOBS)
-    for knob in KNOBS:
-        kinds = {type(value) for value in knob.values if value != ""}
-        assert len(kinds) <= 1, f"{knob.name}: {kinds}"
-
-
-def test_an_unknown_gpu_is_planned_for_by_its_memory() -> None:
-    settings = plan.resolve({}, Machine(("Some GPU 9000",), 12.0, 8))
-    assert settings["PRESET"] == "gpu1"
-    assert plan.memory_gib(settings, int(settings["BASE_DEVICE_BATCH_SIZE"])) < 12
-    assert "this machine" not in plan.describe(settings, Machine(("Some GPU 9000",), 12.0, 8))
-
-
-def test_three_gpus_use_as_many_as_divide_the_step() -> None:
-    assert plan.resolve({}, Machine((H100,) * 3, 80.0, 8))["NPROC"] == 2
-    with pytest.raises(UserError, match="does not divide"):
-        plan.resolve({"NPROC": "3"}, Machine((H100,) * 3, 80.0, 8))
 
 
 # ---- the real thing

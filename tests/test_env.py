@@ -86,6 +86,13 @@ def test_the_template_lists_what_is_read_and_nothing_else() -> None:
     assert listed - read == set(), "in .env.template, read nowhere"
 
 
+def test_the_knobs_stand_in_the_template_as_the_presets_describe_them() -> None:
+    text = (ROOT / ".env.template").read_text()
+    assert text.endswith(plan.env_lines() + "\n"), (
+        "its end must be what `python3 -m scripts.plan --env` prints"
+    )
+
+
 def test_nothing_is_listed_twice_and_no_secret_has_a_value() -> None:
     names = names_listed()
     assert len(names) == len(set(names))
