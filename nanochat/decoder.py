@@ -101,8 +101,9 @@ class Decoder:
     @torch.inference_mode()
     def step(self) -> list[Row]:
         """Draw the next token of every row, or the next `check_every`; finished rows leave and are returned."""
-        left = max(row.request.max_tokens - len(row.ids) for row in self.rows)
-        count = min(self.check_every, left)
+        count = min(self.check_every, max(row.request.max_tokens - len(row.ids) for row in self.rows))
+        if first := any(row.request.forbid_first and not row.ids for row in self.rows):
+            count = 1  # and from there on they choose freely
         forced = self._forced(count) if any(row.forced for row in self.rows) else None
         drawn = []
         for number in range(count):
@@ -113,8 +114,8 @@ class Decoder:
             self.state["token"], self.pending, self.ahead = tokens, True, number + 1
             drawn.append((tokens, logprobs))
         self.ahead = 0
-        if any(row.request.forbid_first and not row.ids for row in self.rows):
-            self.plan = None  # from here on they choose freely
+        if first:
+            self.plan = None
         self._take(*(torch.stack(column, dim=1).tolist() for column in zip(*drawn, strict=True)))
         finished = [row for row in self.rows if row.finished]
         self.drop(finished)
@@ -131,6 +132,7 @@ class Decoder:
         order, sources, targets = _close_gaps(kept)
         self.cache.move_rows(sources, targets, longest)
         self.rows = [self.rows[number] for number in order]
+        self.pending = self.pending and bool(self.rows)
         self.owners = [self.owners[number] for number in order]
         index = torch.tensor(order, dtype=torch.int64, device=self.model.device)
         self.state = {name: x.index_select(0, index) for name, x in self.state.items()}

@@ -186,6 +186,10 @@ class Engine:
                 raise UserError(
                     f"{name} holds ids outside 0..{config.vocab_size - 1}: is it another tokenizer's?"
                 )
+        if len(set(forbid_first)) == config.vocab_size:
+            raise UserError(
+                "forbid_first holds the whole vocabulary: leave the completion something to begin with"
+            )
         limit = min(max_tokens, config.sequence_len - len(prompt))
         tools = use_tools and self.marks.in_answer(prompt)
         return Request(tuple(prompt), seed, samples, limit, sampling, tuple(forbid_first), tools, index)

@@ -91,14 +91,15 @@ def capped_exp_(raw: Tensor, *, softcap: float, temperature: float) -> Tensor:
     """
     exp(capped logits / temperature) up to a factor per row, in place of the uncapped logits raw (R,V).
 
-    softcap * tanh(x / softcap) = softcap - 2 * softcap * sigmoid(-2 x / softcap), which costs a fifth of tanh; and capped
-    logits need no maximum subtracted before exp, unless the temperature is very low.
+    softcap * tanh(x / softcap) = softcap - 2 * softcap * sigmoid(-2 x / softcap), which costs a fifth of tanh. Capped
+    logits need no maximum subtracted before exp, unless the temperature is very low. And where y is far below zero,
+    sigmoid(y) is exp(y) (at -20 to 2e-9), in half the time that torch's exp takes on a CPU.
     """
-    sharpness = 2 * softcap / temperature  # the exponents lie in [-sharpness, 0]
-    raw.mul_(-2 / softcap).sigmoid_().mul_(-sharpness)
-    if sharpness > 80:  # exp(-87) is the least that fp32 holds
+    sharpness = 2 * softcap / temperature
+    raw.mul_(-2 / softcap).sigmoid_().mul_(-sharpness)  # within [-sharpness, 0]
+    if sharpness > 65:  # exp(-87) is the least that fp32 holds
         raw.sub_(raw.amax(-1, keepdim=True))
-    return raw.exp_()
+    return raw.sub_(20.0).sigmoid_()
 
 
 def draw(weights: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:

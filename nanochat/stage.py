@@ -145,6 +145,8 @@ class Stage:
 
     def log(self, index: int, metrics: dict[str, Any]) -> None:
         """Log what an evaluation found, and print its numbers."""
+        if not metrics:
+            return
         self.tracker.log(index, metrics)
         shown = {name: value for name, value in metrics.items() if isinstance(value, int | float)}
         print0(f"{self.source} {index:5,} · " + " · ".join(f"{k} {v:.4f}" for k, v in shown.items()))

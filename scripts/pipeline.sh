@@ -156,13 +156,25 @@ need chat_sft after=mid_train ranks scripts.chat_sft "${common[@]}" "${rates[@]}
   --eval_every="$EVAL_EVERY" ${more[@]+"${more[@]}"}
 evaluate sft after=chat_sft
 
-extra "$EXTRA_CHAT_RL"
-need chat_rl after=chat_sft ranks scripts.chat_rl "${common[@]}" --dataset="${RL_DATASET:-AQUA}" --max_steps="$RL_STEPS" \
-  --examples_per_step="$EXAMPLES_PER_STEP" --num_samples="$NUM_SAMPLES" --max_new_tokens="$MAX_NEW_TOKENS" \
-  --temperature="$TEMPERATURE" --learning_rate="$RL_LEARNING_RATE" --device_batch_size="$RL_DEVICE_BATCH_SIZE" \
-  --eval_every="$RL_EVAL_EVERY" --eval_examples="$RL_EVAL_EXAMPLES" --save_every="$RL_SAVE_EVERY" \
-  --kl_every="$KL_EVERY" --attn_every="$ATTN_EVERY" ${more[@]+"${more[@]}"}
+reinforce() { # reinforce NAME flags...
+  extra "$EXTRA_CHAT_RL"
+  need "$1" after=chat_sft ranks scripts.chat_rl "${common[@]}" --dataset="${RL_DATASET:-AQUA}" --max_steps="$RL_STEPS" \
+    --examples_per_step="$EXAMPLES_PER_STEP" --num_samples="$NUM_SAMPLES" --max_new_tokens="$MAX_NEW_TOKENS" \
+    --temperature="$TEMPERATURE" --learning_rate="$RL_LEARNING_RATE" --device_batch_size="$RL_DEVICE_BATCH_SIZE" \
+    --eval_every="$RL_EVAL_EVERY" --eval_examples="$RL_EVAL_EXAMPLES" --save_every="$RL_SAVE_EVERY" \
+    --kl_every="$KL_EVERY" --attn_every="$ATTN_EVERY" "${@:2}" ${more[@]+"${more[@]}"}
+}
+reinforce chat_rl
 evaluate rl after=chat_rl,chat_eval_sft --compare=sft
+
+# Two controls: how much of a gain is only a choice of style, and what is learnt from rewards that mean nothing.
+if [ "$CONTROLS" = 1 ]; then
+  need control_forbid_bare after=chat_sft ranks scripts.chat_eval "${common[@]}" -i sft -a SYNTHETIC \
+    -x "$EVAL_EXAMPLES" -m "$MAX_NEW_TOKENS" --forbid_bare --label=control_forbid_bare
+  reinforce rl_random --reward_control=random
+  need control_random_reward after=rl_random ranks scripts.chat_eval "${common[@]/#--model_tag=*/--model_tag=$MODEL_TAG-random}" \
+    -i rl -a SYNTHETIC -x "$EVAL_EXAMPLES" -m "$MAX_NEW_TOKENS" --compare="sft:$MODEL_TAG" --label=control_random_reward
+fi
 
 # The report is written every time: it costs seconds and reads what all stages left.
 need report after=chat_eval_rl single nanochat.report generate "$RUN"

@@ -6,8 +6,10 @@ quoted here come from the training split only; a sum such as 22-7=15 belongs to 
 
 The surprising choice is the drill. Copying the right option's letter, not the arithmetic, is what stops a tiny model: one
 learns to compute 15 and then says "C" to everything. A page of nothing but look-ups, in the prompt's own layout and ahead of
-all else, mends that in under a minute. The values of a page are asked without replacement: the last letter follows by
-elimination alone, then the last but one, and these easy cases are the steps on which the look-up itself is learnt.
+all else, mends that in under a minute, if two things help it. The options are first copied in another order, which is the
+easier look-up (an exact repetition) and carries over to the answer's layout: half the steps. And the values of a page are
+asked without replacement: the last letter follows by elimination, a stepping stone. Pages must not see each other: packed
+into one row without segments, values of earlier pages drown the signal and nothing at all is learnt.
 """
 
 from __future__ import annotations
@@ -16,9 +18,10 @@ from collections.abc import Iterator
 from functools import cache
 from itertools import count
 from random import Random
+from typing import Any
 
 from nanochat.common import derive_seed
-from tasks.common import ANSWER_PREFIX, Conversation, option_line, render_multiple_choice
+from tasks.common import ANSWER_PREFIX, Conversation, Task, render_multiple_choice
 from tasks.families import NAMES, THINGS
 from tasks.problem import LETTERS, Problem
 from tasks.synthetic import Synthetic, check_arithmetic, choose_options
@@ -52,35 +55,58 @@ _OPERATORS = {"+": "plus", "-": "minus", "*": "times", "/": "divided by"}
 # ---- the look-up drill -----------------------------------------------------------------------------------------------
 
 
-def drill_document(index: int, seed: int) -> str:
-    """
-    Five options as a prompt shows them, the same lines in another order, then each value with its letter as a reply gives it.
-
-    The repeated lines are the easiest look-up there is (the same words, then the letter), and the circuit that finds them
-    is the one that the replies need: with them the replies are learnt in half the steps.
-    """
+def _drill(index: int, seed: int) -> tuple[str, str]:
+    """A prompt, and the reply: its options once more in another order, then each value with its letter as an answer."""
     random = Random(derive_seed("drill", seed, index))
     values = _option_values(random)
-    pairs = list(zip(map(str, values), LETTERS, strict=True))
-    prompt = render_multiple_choice("Find each.", LETTERS, [value for value, _ in pairs])
-    again = [option_line(value, letter) for value, letter in random.sample(pairs, len(pairs))]
-    answers = [_looked_up(value, letter) for value, letter in random.sample(pairs, len(pairs))]
-    return "\n".join([prompt, *again, *answers])
-
-
-def drill_conversation(index: int, seed: int) -> Conversation:
-    """One look-up as a conversation, to keep the skill alive among the problems."""
-    random = Random(derive_seed("drill conversation", seed, index))
-    values = _option_values(random)
-    place = random.randrange(len(values))
-    question = f"Find {values[place]}."
-    return Problem(
-        question, tuple(map(str, values)), LETTERS[place], f"{values[place]}. {values[place]}"
-    ).conversation()
+    options = list(zip(map(str, values), LETTERS, strict=True))
+    again = [f"- {value}={letter}" for value, letter in random.sample(options, len(options))]
+    answers = [_looked_up(value, letter) for value, letter in random.sample(options, len(options))]
+    prompt = render_multiple_choice("Find each.", LETTERS, [value for value, _ in options])
+    return prompt, "\n".join([*again, *answers])
 
 
 def _looked_up(value: str, letter: str) -> str:
+    """As a worked reply ends: the value once as the result of a step, once as the conclusion."""
     return f"{value}. {value}\n{ANSWER_PREFIX} {letter}"
+
+
+def drill_document(index: int, seed: int) -> str:
+    """A page of look-ups as plain text."""
+    return "\n".join(_drill(index, seed))
+
+
+def drill_conversation(index: int, seed: int) -> Conversation:
+    """The same page as a conversation: read one page at a time and with the reply alone trained, it is learnt soonest."""
+    prompt, reply = _drill(index, seed)
+    return {"messages": [{"role": "user", "content": prompt}, {"role": "assistant", "content": reply}]}
+
+
+def lookup_conversation(index: int, seed: int) -> Conversation:
+    """A single look-up in the form of a problem, to keep the skill alive among the problems."""
+    random = Random(derive_seed("look-up", seed, index))
+    values = list(map(str, _option_values(random)))
+    place = random.randrange(len(values))
+    value = values[place]
+    return Problem(f"Find {value}.", tuple(values), LETTERS[place], f"{value}. {value}").conversation()
+
+
+class Drill(Task):
+    """Look-up drills as a task to train on: whole pages, or with `single` one look-up a conversation."""
+
+    name = "drill"
+
+    def __init__(self, *, size: int = 20_000, seed: int = 42, single: bool = False, **slicing: Any) -> None:
+        super().__init__(**slicing)
+        self.size, self.seed = size, seed
+        self._conversation = lookup_conversation if single else drill_conversation
+        self.source = f"built-in look-up drill, {'single look-ups' if single else 'whole pages'}"
+
+    def num_examples(self) -> int:
+        return self.size
+
+    def get_example(self, index: int) -> Conversation:
+        return self._conversation(index, self.seed)
 
 
 def _option_values(random: Random) -> list[int]:

@@ -12,7 +12,7 @@
 //! later merely checked. The heap holds upper bounds: a pair that has become rarer is found out when it comes to the top.
 
 use std::cmp::Reverse;
-use std::collections::{BinaryHeap, HashSet};
+use std::collections::BinaryHeap;
 
 use crate::error::Error;
 use crate::table::{FastMap, PieceTable};
@@ -38,7 +38,8 @@ pub fn train<E: From<Error>>(
     let mut text = Text::new(counts)?;
     let mut pairs = Pairs::count_bytes(&text);
     let mut tokens: Vec<Vec<u8>> = (0..=255).map(|byte| vec![byte]).collect();
-    let mut known: HashSet<Vec<u8>> = HashSet::new();
+    let mut known: FastMap<Vec<u8>, ()> = FastMap::default();
+    let mut lengths = vec![1; tokens.len()];
     let mut merge = Merge::default();
     while tokens.len() < vocab_size {
         if tokens.len() % MERGES_PER_PAUSE == 0 {
@@ -47,43 +48,57 @@ pub fn train<E: From<Error>>(
         let Some(best) = pairs.pop() else { break };
         let (left, right) = best;
         let bytes = [tokens[left as usize].as_slice(), tokens[right as usize].as_slice()].concat();
-        if !known.insert(bytes.clone()) {
+        if known.insert(bytes.clone(), ()).is_some() {
             continue;
         }
+        lengths.push(bytes.len());
         tokens.push(bytes);
-        merge.apply(best, &tokens, &mut text, &mut pairs);
+        merge.apply(best, &lengths, &mut text, &mut pairs);
     }
     Ok(tokens)
 }
 
+/// One byte of a piece.
+#[derive(Clone, Copy)]
+struct Cell {
+    /// The id of the token that begins or ends here.
+    token: u32,
+    /// The number of the piece.
+    piece: u32,
+}
+
 /// Every distinct piece, a cell per byte, a border before, between and after.
 struct Text {
-    cells: Vec<u32>,
-    /// The number of the piece that a cell belongs to, and how often that piece occurs.
-    piece_of: Vec<u32>,
+    cells: Vec<Cell>,
+    /// How often each piece occurs.
     weights: Vec<u64>,
 }
 
 impl Text {
     fn new(counts: &PieceTable) -> Result<Self, Error> {
-        let (mut cells, mut piece_of, mut weights) = (vec![BORDER], vec![0], Vec::new());
+        let border = Cell { token: BORDER, piece: 0 };
+        let (mut cells, mut weights) = (vec![border], Vec::new());
         counts.for_each(|piece, weight| {
             // A piece of one byte has no pair.
             if piece.len() > 1 {
-                cells.extend(piece.iter().map(|&byte| u32::from(byte)));
-                cells.push(BORDER);
-                piece_of.resize(cells.len(), weights.len() as u32);
+                let number = weights.len() as u32;
+                cells.extend(piece.iter().map(|&byte| Cell { token: byte.into(), piece: number }));
+                cells.push(border);
                 weights.push(weight);
             }
         });
         if cells.len() >= INSIDE as usize {
             return Err(Error::TooMuchText);
         }
-        Ok(Self { cells, piece_of, weights })
+        Ok(Self { cells, weights })
     }
 
-    fn weight_at(&self, at: usize) -> u64 {
-        self.weights[self.piece_of[at] as usize]
+    fn token(&self, at: usize) -> u32 {
+        self.cells[at].token
+    }
+
+    fn weight(&self, at: usize) -> u64 {
+        self.weights[self.cells[at].piece as usize]
     }
 }
 
@@ -109,10 +124,11 @@ fn key((left, right): Ids) -> u64 {
 impl Pairs {
     fn count_bytes(text: &Text) -> Self {
         let mut found: Vec<Pair> = (0..1 << 16).map(|_| Pair { count: 0, starts: Vec::new() }).collect();
-        for (at, neighbours) in text.cells.windows(2).enumerate() {
-            if neighbours[0] != BORDER && neighbours[1] != BORDER {
-                let pair = &mut found[(neighbours[0] << 8 | neighbours[1]) as usize];
-                pair.count += text.weight_at(at);
+        for (at, cells) in text.cells.windows(2).enumerate() {
+            let (left, right) = (cells[0].token, cells[1].token);
+            if left != BORDER && right != BORDER {
+                let pair = &mut found[(left << 8 | right) as usize];
+                pair.count += text.weight(at);
                 pair.starts.push(at as u32);
             }
         }
@@ -200,24 +216,29 @@ struct Merge {
 }
 
 impl Merge {
-    /// Replace `pair` by the last of `tokens` wherever it occurs.
-    fn apply(&mut self, pair: Ids, tokens: &[Vec<u8>], text: &mut Text, pairs: &mut Pairs) {
+    /// Replace `pair` by the newest token wherever it occurs. `lengths`: the bytes of every token.
+    fn apply(&mut self, pair: Ids, lengths: &[usize], text: &mut Text, pairs: &mut Pairs) {
         let (left, right) = pair;
-        let new = (tokens.len() - 1) as u32;
-        let (left_len, right_len) = (tokens[left as usize].len(), tokens[right as usize].len());
-        self.before.grow(tokens.len());
-        self.after.grow(tokens.len());
-        for start in pairs.take_starts(pair) {
+        let new = (lengths.len() - 1) as u32;
+        let (left_len, right_len) = (lengths[left as usize], lengths[right as usize]);
+        self.before.grow(lengths.len());
+        self.after.grow(lengths.len());
+        let stands =
+            |text: &Text, start: usize| text.token(start) == left && text.token(start + left_len) == right;
+        let mut starts = pairs.take_starts(pair);
+        // Asked twice: now for all, so that the processor fetches many places at a time, and then one by one, because
+        // in "aaa" the first merge ends the second.
+        starts.retain(|&start| stands(text, start as usize));
+        for start in starts {
             let start = start as usize;
-            let middle = start + left_len;
-            if text.cells[start] != left || text.cells[middle] != right {
+            if !stands(text, start) {
                 continue;
             }
-            let end = middle + right_len;
-            self.note_neighbours(pair, new, start, end, tokens, text);
-            text.cells[middle] = INSIDE;
-            text.cells[start] = new;
-            text.cells[end - 1] = new;
+            let (middle, end) = (start + left_len, start + left_len + right_len);
+            self.note_neighbours(pair, new, start, end, lengths, text);
+            text.cells[middle].token = INSIDE;
+            text.cells[start].token = new;
+            text.cells[end - 1].token = new;
         }
         self.before.settle(pairs, |neighbour| (neighbour, left), |neighbour| (neighbour, new));
         self.after.settle(pairs, |neighbour| (right, neighbour), |neighbour| (new, neighbour));
@@ -229,14 +250,13 @@ impl Merge {
         new: u32,
         start: usize,
         end: usize,
-        tokens: &[Vec<u8>],
+        lengths: &[usize],
         text: &Text,
     ) {
-        let weight = text.weight_at(start);
-        let before = text.cells[start - 1];
+        let weight = text.weight(start);
+        let before = text.token(start - 1);
         if before != BORDER {
-            let length = tokens[before as usize].len();
-            self.before.touch(before, start - length, weight);
+            self.before.touch(before, start - lengths[before as usize], weight);
             if before == new {
                 // The token before us has only just been made, and has counted a neighbour that is now inside us.
                 self.after.gained[pair.0 as usize] -= weight;
@@ -244,7 +264,7 @@ impl Merge {
                 self.before.lost[before as usize] += weight;
             }
         }
-        let after = text.cells[end];
+        let after = text.token(end);
         if after != BORDER {
             self.after.touch(after, start, weight);
             // (right, after) may be the pair itself, in "aaa": it is gone already.

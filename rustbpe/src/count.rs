@@ -8,10 +8,12 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use crate::error::Error;
 use crate::split::Splitter;
-use crate::table::PieceTable;
+use crate::table::{Front, Key, PieceTable, Slot};
 
 /// Each worker has a table of its own: beyond this many the copies cost more than the workers bring.
 const MOST_WORKERS: usize = 16;
+/// Slots that go to the big table at a time.
+const LEAVING: usize = 512;
 
 /// Several texts end to end; a piece never spans two of them.
 #[derive(Default)]
@@ -34,14 +36,53 @@ impl Chunk {
         self.ends.len()
     }
 
-    fn count(&self, splitter: &Splitter, counts: &mut PieceTable) -> Result<(), Error> {
+    fn count(&self, splitter: &Splitter, counts: &mut Counts) -> Result<(), Error> {
         let mut start = 0;
         for &end in &self.ends {
             let text = &self.text[start..end];
-            splitter.for_each(text, |from, to| *counts.entry(text.as_bytes(), from, to) += 1)?;
+            splitter.for_each(text, |from, to| counts.add(text.as_bytes(), from, to))?;
             start = end;
         }
         Ok(())
+    }
+}
+
+/// Counts pieces: the common ones in the small table, from where they move to the big one when another takes their slot.
+#[derive(Default)]
+struct Counts {
+    front: Front,
+    /// Slots on their way to the big table. It lies far from the processor: sent there together, they wait together.
+    leaving: Vec<Slot>,
+    table: PieceTable,
+}
+
+impl Counts {
+    #[inline(always)]
+    fn add(&mut self, text: &[u8], start: usize, end: usize) {
+        let Some(key) = Key::new(text, start, end) else {
+            *self.table.long_entry(&text[start..end]) += 1;
+            return;
+        };
+        let (slot, found) = self.front.slot(key);
+        if found {
+            slot.value += 1;
+        } else if let Some(old) = Front::replace(slot, key, 1) {
+            self.leaving.push(old);
+            if self.leaving.len() == LEAVING {
+                self.settle();
+            }
+        }
+    }
+
+    #[cold]
+    fn settle(&mut self) {
+        self.leaving.drain(..).for_each(|slot| self.table.add_slot(slot));
+    }
+
+    fn finish(mut self) -> PieceTable {
+        self.settle();
+        self.front.drain().for_each(|slot| self.table.add_slot(slot));
+        self.table
     }
 }
 
@@ -91,12 +132,12 @@ pub fn count<E: From<Error>>(
 }
 
 fn work(splitter: &Splitter, chunks: &Mutex<Receiver<Chunk>>) -> Result<PieceTable, Error> {
-    let mut counts = PieceTable::default();
+    let mut counts = Counts::default();
     loop {
         let next = chunks.lock().unwrap_or_else(PoisonError::into_inner).recv();
         match next {
             Ok(chunk) => chunk.count(splitter, &mut counts)?,
-            Err(_) => return Ok(counts),
+            Err(_) => return Ok(counts.finish()),
         }
     }
 }

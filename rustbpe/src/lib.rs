@@ -5,6 +5,7 @@ pub mod classes;
 pub mod count;
 pub mod encode;
 pub mod error;
+pub mod ranks;
 pub mod scanner;
 pub mod split;
 pub mod table;

@@ -2,7 +2,7 @@
 //!
 //! Nine pieces in ten are shorter than 16 bytes. Such a piece is its own key: 15 bytes and a length make two machine
 //! words, so that a look-up compares registers and follows no pointer. Longer pieces go to an ordinary map, which
-//! owns a copy of a piece only once it has seen it.
+//! owns a copy of a piece only once it has seen it. In front of the table stands a small one of the latest pieces.
 
 use std::collections::HashMap;
 use std::hash::{BuildHasher, Hasher, RandomState};
@@ -27,6 +27,13 @@ fn word(bytes: &[u8]) -> u64 {
 /// Hashes byte strings eight bytes at a time; seeded, so that nobody can prepare text that collides.
 #[derive(Clone)]
 pub struct Seed(u64);
+
+impl Seed {
+    #[inline(always)]
+    fn hash(&self, key: Key) -> u64 {
+        mix(key.low ^ self.0, key.high ^ 0x9e37_79b9_7f4a_7c15)
+    }
+}
 
 impl Default for Seed {
     fn default() -> Self {
@@ -63,12 +70,83 @@ impl Hasher for Folding {
 /// An ordinary map with the fast hash.
 pub type FastMap<Key, Value> = HashMap<Key, Value, Seed>;
 
-#[derive(Clone, Copy, Default)]
-struct Slot {
+/// A short piece as two words: its bytes, and its length in the top byte. No piece is empty, so `high` is never 0.
+#[derive(Clone, Copy, Default, PartialEq, Eq)]
+pub struct Key {
     low: u64,
-    /// The length stands in the top byte: no piece is empty, so a slot with 0 here is free.
     high: u64,
-    value: u64,
+}
+
+impl Key {
+    /// The key of the piece `text[start..end]`, or None when it is too long for one.
+    #[inline(always)]
+    pub fn new(text: &[u8], start: usize, end: usize) -> Option<Self> {
+        let length = end - start;
+        if length > SHORT {
+            return None;
+        }
+        let mut bytes = [0; 16];
+        match text.get(start..start + 16) {
+            // Read 16 bytes whatever the length, then drop those that belong to the next pieces.
+            Some(window) => bytes.copy_from_slice(window),
+            None => bytes[..length].copy_from_slice(&text[start..end]),
+        }
+        let bits = u128::from_le_bytes(bytes) & !(u128::MAX << (8 * length));
+        Some(Self { low: bits as u64, high: (bits >> 64) as u64 | (length as u64) << 56 })
+    }
+
+    fn is_none(self) -> bool {
+        self.high == 0
+    }
+
+    /// Call `visit` with the piece's bytes.
+    fn with_bytes<R>(self, visit: impl FnOnce(&[u8]) -> R) -> R {
+        let bits = u128::from(self.high) << 64 | u128::from(self.low);
+        visit(&bits.to_le_bytes()[..(self.high >> 56) as usize])
+    }
+}
+
+/// A key with its number; free while there is no key.
+#[derive(Clone, Copy, Default)]
+pub struct Slot {
+    key: Key,
+    pub value: u64,
+}
+
+/// A few thousand of the pieces met last, small enough for the processor's own cache. The big table is twenty times that,
+/// and would be waited for at every piece.
+pub struct Front {
+    slots: Box<[Slot]>,
+    seed: Seed,
+}
+
+impl Default for Front {
+    fn default() -> Self {
+        Self { slots: vec![Slot::default(); 1 << 13].into(), seed: Seed::default() }
+    }
+}
+
+impl Front {
+    /// The slot where `key` belongs, and whether it is there; if not, the slot is free or another's.
+    #[inline(always)]
+    pub fn slot(&mut self, key: Key) -> (&mut Slot, bool) {
+        let mask = self.slots.len() - 1;
+        let slot = &mut self.slots[self.seed.hash(key) as usize & mask];
+        let found = slot.key == key;
+        (slot, found)
+    }
+
+    /// Put `key` with `value` in its slot; what stood there before, if anything.
+    #[inline(always)]
+    pub fn replace(slot: &mut Slot, key: Key, value: u64) -> Option<Slot> {
+        let old = std::mem::replace(slot, Slot { key, value });
+        (!old.key.is_none()).then_some(old)
+    }
+
+    /// All that is in it.
+    pub fn drain(self) -> impl Iterator<Item = Slot> {
+        self.slots.into_vec().into_iter().filter(|slot| !slot.key.is_none())
+    }
 }
 
 /// A map from non-empty byte strings to numbers.
@@ -102,21 +180,32 @@ impl PieceTable {
     /// The number of the piece `text[start..end]`, to read or to set; 0 when the piece is new.
     #[inline(always)]
     pub fn entry(&mut self, text: &[u8], start: usize, end: usize) -> &mut u64 {
-        match short_key(text, start, end) {
-            Some((low, high)) => self.short_entry(low, high),
+        match Key::new(text, start, end) {
+            Some(key) => self.short_entry(key),
             None => self.long_entry(&text[start..end]),
         }
     }
 
+    /// The number of a piece, None when it is new.
     #[inline(always)]
-    fn short_entry(&mut self, low: u64, high: u64) -> &mut u64 {
+    pub fn get(&self, text: &[u8], start: usize, end: usize) -> Option<u64> {
+        match Key::new(text, start, end) {
+            Some(key) => {
+                Some(&self.slots[self.find(key)]).filter(|slot| !slot.key.is_none()).map(|slot| slot.value)
+            }
+            None => self.long.get(&text[start..end]).copied(),
+        }
+    }
+
+    #[inline(always)]
+    pub fn short_entry(&mut self, key: Key) -> &mut u64 {
         if self.num_short * 2 >= self.slots.len() {
             self.grow();
         }
-        let index = self.find(low, high);
+        let index = self.find(key);
         let slot = &mut self.slots[index];
-        if slot.high == 0 {
-            (slot.low, slot.high) = (low, high);
+        if slot.key.is_none() {
+            slot.key = key;
             self.num_short += 1;
         }
         &mut slot.value
@@ -124,30 +213,27 @@ impl PieceTable {
 
     /// The slot that holds the key, or the free one where it belongs. At least half of the slots are free.
     #[inline(always)]
-    fn find(&self, low: u64, high: u64) -> usize {
+    fn find(&self, key: Key) -> usize {
         let mask = self.slots.len() - 1;
-        let mut index = mix(low ^ self.seed.0, high ^ 0x9e37_79b9_7f4a_7c15) as usize & mask;
-        loop {
-            let slot = &self.slots[index];
-            if (slot.low == low && slot.high == high) || slot.high == 0 {
-                return index;
-            }
+        let mut index = self.seed.hash(key) as usize & mask;
+        while self.slots[index].key != key && !self.slots[index].key.is_none() {
             index = (index + 1) & mask;
         }
+        index
     }
 
     #[cold]
     fn grow(&mut self) {
         let doubled = vec![Slot::default(); self.slots.len() * 2];
         for slot in std::mem::replace(&mut self.slots, doubled) {
-            if slot.high != 0 {
-                let index = self.find(slot.low, slot.high);
+            if !slot.key.is_none() {
+                let index = self.find(slot.key);
                 self.slots[index] = slot;
             }
         }
     }
 
-    fn long_entry(&mut self, piece: &[u8]) -> &mut u64 {
+    pub fn long_entry(&mut self, piece: &[u8]) -> &mut u64 {
         if !self.long.contains_key(piece) {
             self.long.insert(piece.into(), 0);
         }
@@ -156,9 +242,8 @@ impl PieceTable {
 
     /// Call `visit` with every piece and its number, in no particular order.
     pub fn for_each(&self, mut visit: impl FnMut(&[u8], u64)) {
-        for slot in self.slots.iter().filter(|slot| slot.high != 0) {
-            let key = u128::from(slot.high) << 64 | u128::from(slot.low);
-            visit(&key.to_le_bytes()[..(slot.high >> 56) as usize], slot.value);
+        for slot in self.slots.iter().filter(|slot| !slot.key.is_none()) {
+            slot.key.with_bytes(|piece| visit(piece, slot.value));
         }
         self.long.iter().for_each(|(piece, &value)| visit(piece, value));
     }
@@ -167,29 +252,11 @@ impl PieceTable {
     pub fn add(&mut self, other: &Self) {
         other.for_each(|piece, value| *self.entry(piece, 0, piece.len()) += value);
     }
-}
 
-/// The piece as two words with its length on top, or None when it is too long.
-#[inline(always)]
-fn short_key(text: &[u8], start: usize, end: usize) -> Option<(u64, u64)> {
-    let length = end - start;
-    if length > SHORT {
-        return None;
+    /// Add one slot's number.
+    pub fn add_slot(&mut self, slot: Slot) {
+        *self.short_entry(slot.key) += slot.value;
     }
-    let key = match text.get(start..start + 16) {
-        // Read 16 bytes whatever the length, then drop those that belong to the next pieces.
-        Some(window) => {
-            let mut bytes = [0; 16];
-            bytes.copy_from_slice(window);
-            u128::from_le_bytes(bytes) & !(u128::MAX << (8 * length))
-        }
-        None => {
-            let mut bytes = [0; 16];
-            bytes[..length].copy_from_slice(&text[start..end]);
-            u128::from_le_bytes(bytes)
-        }
-    };
-    Some((key as u64, (key >> 64) as u64 | (length as u64) << 56))
 }
 
 #[cfg(test)]
