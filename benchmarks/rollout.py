@@ -9,6 +9,9 @@ Both sides have the same weights, prompts, dtype and threads and take turns; the
 is what a plain loop does (nanochat's does): per call it prefills one prompt, copies its cache to 8 rows, draws with
 torch.multinomial, looks at every token on the host, and goes on to the last token whether or not rows have ended.
 
+MBU is the share of the device's memory bandwidth (measured by copying) that reading every matrix once a step, and every
+key and value once a question or row, would take at the engine's speed; small batches on a GPU are bound by it.
+
 `fixed` rows run to the last token. `ending` rows draw a stop token with a chance of 2 % at every token, which makes
 them 36 tokens long on average; only tokens up to the stop count. Greedy output of both is compared before anything is timed.
 
@@ -35,6 +38,7 @@ from nanochat.common import World, compute_init
 from nanochat.config import cli, flag
 from nanochat.engine import Engine
 from nanochat.gpt import GPT, GPTConfig, causal_attend
+from nanochat.kv_cache import numbers_per_token
 from tasks.aqua import AQUA
 from tasks.rows import DataUnavailable
 from tasks.synthetic import Synthetic
@@ -208,8 +212,7 @@ def useful(completion: Sequence[int], stop: int) -> int:
 
 def timed(generate: Callable[[], list[list[list[int]]]], stop: int) -> float:
     """Useful tokens per second."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
+    synchronize()
     began = time.perf_counter()
     groups = generate()
     seconds = time.perf_counter() - began
@@ -256,6 +259,34 @@ def same_greedy(
     return sum(same) / len(same)
 
 
+def bandwidth(device: torch.device) -> float:
+    """Bytes per second that a copy reads and writes; the best of five."""
+    source = torch.ones(2**26 if device.type == "cuda" else 2**24, device=device)
+    target, seconds = torch.empty_like(source), []
+    for _ in range(5):
+        synchronize()
+        began = time.perf_counter()
+        target.copy_(source)
+        synchronize()
+        seconds.append(time.perf_counter() - began)
+    return 2 * source.nbytes / min(seconds)
+
+
+def memory_share(model: GPT, prompts: Sequence[Sequence[int]], config: Config, speed: float) -> float:
+    """MBU of generating rows of fixed length at `speed` tokens per second."""
+    itemsize = torch.empty(0, dtype=model.compute_dtype).element_size()
+    matrices = (model.num_params() - model.embeddings.numel()) * itemsize
+    rows = len(prompts) * config.samples
+    places = sum(map(len, prompts)) + rows * config.max_tokens / 2  # read in a step, on average
+    step = matrices + places * numbers_per_token(model.config) * itemsize
+    return step * speed / rows / bandwidth(model.device)
+
+
+def synchronize() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
 def main(config: Config) -> None:
     """Measure every depth with rows of fixed length and with rows that end early."""
     world = compute_init(config.device_type, config.dtype, config.seed)
@@ -275,12 +306,13 @@ def main(config: Config) -> None:
                 set_stop_chance(model, tokenizer, prompts, chance)
             same = same_greedy(model, tokenizer, prompts, config)
             speed = compare(model, tokenizer, prompts, config)
+            mbu = memory_share(model, prompts, config, speed["engine"]) if rows == "fixed" else None
             print(
                 f"{depth:>5} {rows:>7} {speed['engine']:>13,.0f} {speed['reference']:>16,.0f} "
-                f"{speed['ratio']:>6.2f} {same:>12.0%}",
+                f"{speed['ratio']:>6.2f} {same:>12.0%} {'' if mbu is None else f'{mbu:.1%}':>6}",
                 flush=True,
             )
-            results.append({"depth": depth, "rows": rows, "same_greedy": same, **speed})
+            results.append({"depth": depth, "rows": rows, "same_greedy": same, "mbu": mbu, **speed})
     print(
         json.dumps(
             {"benchmark": "rollout", **dataclasses.asdict(config), **describe(world), "results": results}

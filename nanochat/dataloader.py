@@ -190,6 +190,8 @@ document_batches = DocumentBatches
 def merge_states(states: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """The state of a run from the states of its ranks; any number of ranks can go on from it."""
     merged = dict(states[0])
+    if "then" in merged:
+        merged["then"] = merge_states([state["then"] for state in states])
     if "lanes" in merged:
         merged["lanes"] = {lane: kept for state in states for lane, kept in state["lanes"].items()}
     return merged
@@ -356,3 +358,31 @@ class ConversationBatches(Iterator[Batch]):
 
 
 conversation_batches = ConversationBatches
+
+
+# ---- one loader after another --------------------------------------------------------------------------------------
+
+
+class InTurn(Iterator[Batch]):
+    """The first `count` batches of one loader, then another: a curriculum of two parts that resumes exactly."""
+
+    def __init__(
+        self,
+        first: ConversationBatches,
+        then: Iterator[Batch],
+        *,
+        count: int,
+        state: dict[str, Any] | None = None,
+    ) -> None:
+        """Both loaders stand where `state` says: give them state["first"] and state["then"]."""
+        self._first, self._then, self._count = first, then, count
+        self._taken = int(state["taken"]) if state else 0
+
+    def __next__(self) -> Batch:
+        self._taken += 1
+        return next(self._first if self._taken <= self._count else self._then)
+
+    def state(self) -> dict[str, Any]:
+        """Where this rank stands; `merge_states` makes it where the run stands."""
+        inner = cast(Any, self._then).state()
+        return {"kind": "in turn", "taken": self._taken, "first": self._first.state(), "then": inner}

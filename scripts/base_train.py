@@ -27,7 +27,9 @@ if TYPE_CHECKING:
     from nanochat.architecture import GPTConfig
     from nanochat.dataloader import Batch
     from nanochat.gpt import GPT
-    from nanochat.tokenizer import Tokenizer
+
+
+DRILL_TOKENS = 64  # of a drill page at least, so that there are enough of them
 
 
 @dataclass(frozen=True)
@@ -79,13 +81,14 @@ def main(config: Config) -> None:
     from functools import partial
 
     from nanochat.common import compute_cleanup, compute_init, print0
-    from nanochat.dataloader import document_batches
+    from nanochat.dataloader import InTurn, conversation_batches, document_batches
     from nanochat.gpt import GPT
     from nanochat.schedule import trapezoid
     from nanochat.stage import grad_accum_steps, open_stage, optimizer_for, tell, text_bpb
     from nanochat.tokenizer import load_tokenizer
     from nanochat.train import next_token_loss, train_steps
     from tasks.catalog import pretraining_texts
+    from tasks.prose import Drill
 
     world = compute_init(config.device_type, config.dtype, config.seed)
     tokenizer = load_tokenizer()
@@ -104,10 +107,7 @@ def main(config: Config) -> None:
         warmdown=config.warmdown_ratio,
         final=config.final_lr_frac,
     )
-    num_drill = drill_documents(tokenizer, config.drill_iterations * step_tokens, config.seed)
-    texts, notes = pretraining_texts(
-        synthetic_share=config.synthetic_share, num_drill=num_drill, seed=config.seed
-    )
+    texts, notes = pretraining_texts(synthetic_share=config.synthetic_share, seed=config.seed)
     shape: dict[str, Any] = {
         "batch_size": config.device_batch_size,
         "sequence_len": config.max_seq_len,
@@ -117,7 +117,17 @@ def main(config: Config) -> None:
     with open_stage("base", config, world, tag=config.model_tag or f"d{config.depth}") as stage:
         tell(stage.tracker, notes)
         stage.restore(model, optimizer)
-        batches = document_batches(texts, tokenizer, **shape, state=stage.data_state)
+        state = stage.data_state or {}
+        batches: Any = document_batches(texts, tokenizer, **shape, state=state.get("then", stage.data_state))
+        if config.drill_iterations:
+            pages = Drill(
+                size=max(1, config.drill_iterations * step_tokens // DRILL_TOKENS), seed=config.seed
+            )
+            drill = conversation_batches(
+                pages, tokenizer, **shape, seed=config.seed, state=state.get("first")
+            )
+            count = config.drill_iterations * grad_accum
+            batches = InTurn(drill, batches, count=count, state=stage.data_state)
         for step in train_steps(
             model,
             optimizer,
@@ -152,16 +162,9 @@ def main(config: Config) -> None:
 
 def document_loss(model: GPT, batch: Batch, *, bos: int) -> Tensor:
     """Cross entropy summed over the batch's targets, each document (it begins with BOS) seeing only itself."""
-    loss: Tensor = model(batch.inputs, batch.targets, segments=(batch.inputs == bos).cumsum(1))
+    segments = (batch.inputs == bos).cumsum(1) if batch.segments is None else batch.segments
+    loss: Tensor = model(batch.inputs, batch.targets, segments=segments)
     return loss
-
-
-def drill_documents(tokenizer: Tokenizer, num_tokens: int, seed: int) -> int:
-    """How many drills make up `num_tokens`, judged by the first ones."""
-    from tasks.prose import drill_document
-
-    sample = [len(tokenizer.encode(drill_document(number, seed), bos=True)) for number in range(32)]
-    return round(num_tokens / (sum(sample) / len(sample)))
 
 
 def model_config(config: Config, vocab_size: int) -> GPTConfig:

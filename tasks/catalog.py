@@ -21,7 +21,7 @@ from tasks.customjson import CustomJSON
 from tasks.gsm8k import GSM8K
 from tasks.humaneval import HumanEval
 from tasks.mmlu import MMLU
-from tasks.prose import drill_conversation, drill_document, identity_conversations, pretraining_document
+from tasks.prose import Drill, identity_conversations, pretraining_document
 from tasks.rows import DataUnavailable
 from tasks.smoltalk import SmolTalk
 from tasks.synthetic import Synthetic
@@ -47,25 +47,6 @@ class Listed(Task):
 
     def evaluate(self, conversation: Conversation, text: str) -> bool:
         raise UserError(f"{self.name} is trained on, not marked; evaluate another task")
-
-
-class Drills(Task):
-    """Single look-ups, value to letter, as conversations: a tenth of these among the problems keeps the skill alive."""
-
-    name = "look-ups"
-
-    def __init__(self, count: int, *, seed: int = 42) -> None:
-        super().__init__()
-        self.source, self._count, self._seed = "built in", count, seed
-
-    def num_examples(self) -> int:
-        return self._count
-
-    def get_example(self, index: int) -> Conversation:
-        return drill_conversation(index, self._seed)
-
-    def evaluate(self, conversation: Conversation, text: str) -> bool:
-        raise UserError("look-ups are trained on, not marked; evaluate SYNTHETIC")
 
 
 def identity(seed: int = 42) -> Task:
@@ -186,7 +167,11 @@ def problems(wanted: WordProblems) -> list[Part]:
     built_in = Part(
         "SYNTHETIC", lambda: Synthetic("train", size=count, seed=seed, quality=wanted.quality), count
     )
-    return [aqua, built_in, Part("look-ups", lambda: Drills(count // 10, seed=seed), count // 10)]
+    return [
+        aqua,
+        built_in,
+        Part("look-ups", lambda: Drill(size=count // 10, seed=seed, single=True), count // 10),
+    ]
 
 
 def _can_be_had(part: Part) -> bool:
@@ -244,59 +229,46 @@ class Generated:
 
 
 @dataclass(frozen=True, slots=True)
-class Curriculum:
+class Interleaved:
     """
-    Documents of a base model: first the drill, then prose on disk and documents of our own, evenly interleaved.
+    Prose on disk and documents of our own, evenly interleaved under one numbering, so that a position stays a number.
 
-    One numbering, so that a data loader's position stays a plain number. `share` is that of the documents of our own,
-    counted in documents.
+    `share` is that of the documents of our own, counted in documents.
     """
 
-    drill: Texts
     written: Texts
     prose: Texts
     share: float
 
     def __len__(self) -> int:
-        return len(self.drill) + len(self.written)
+        return len(self.written)
 
     def __getitem__(self, number: int) -> str:
-        if number < len(self.drill):
-            return self.drill[number]
-        number -= len(self.drill)
         so_far, then = int(number * self.share), int((number + 1) * self.share)
-        if then > so_far or not len(self.prose):
-            return self.written[so_far if len(self.prose) else number]
-        return self.prose[(number - so_far) % len(self.prose)]
+        return self.written[so_far] if then > so_far else self.prose[(number - so_far) % len(self.prose)]
 
 
 def pretraining_texts(
-    *, synthetic_share: float, num_drill: int, seed: int, most: int = 10_000_000
+    *, synthetic_share: float, seed: int, most: int = 10_000_000
 ) -> tuple[Texts, list[tuple[str, str]]]:
     """Training documents of the base stage, and what they are; without shards all of them are of our own writing.
 
-    `synthetic_share` is counted in characters. With 0 and no drill it is simply the shards.
+    `synthetic_share` is counted in characters. With 0 it is simply the shards.
     """
+    written = Generated(pretraining_document, seed, most)
     try:
         prose: Any = open_texts("train")
     except UserError as error:
         if synthetic_share == 0:
             raise
-        drill = Generated(drill_document, seed, num_drill)
-        note = f"base: documents of our own writing alone, {num_drill:,} drills first"
-        return Curriculum(drill, Generated(pretraining_document, seed, most), [], 1.0), [
-            ("data", note),
-            ("skipped", f"base: {error}"),
-        ]
-    if synthetic_share == 0 and num_drill == 0:
+        return written, [("data", "base: documents of our own writing alone"), ("skipped", f"base: {error}")]
+    if synthetic_share == 0:
         return prose, [("data", f"base: {len(prose):,} documents on disk")]
-    written = Generated(pretraining_document, seed, most)
-    share = _share_of_documents(synthetic_share, written, prose)
-    note = (
-        f"base: {num_drill:,} drills, then {synthetic_share:.0%} of the characters of our own writing, "
-        f"the rest from {len(prose):,} documents on disk"
-    )
-    return Curriculum(Generated(drill_document, seed, num_drill), written, prose, share), [("data", note)]
+    if synthetic_share == 1:
+        return written, [("data", "base: documents of our own writing alone, as asked")]
+    mixed = Interleaved(written, prose, _share_of_documents(synthetic_share, written, prose))
+    kind = f"{synthetic_share:.0%} of the characters of our own writing, the rest from {len(prose):,} documents on disk"
+    return mixed, [("data", f"base: {kind}")]
 
 
 def _share_of_documents(share_of_characters: float, written: Texts, prose: Texts, sample: int = 64) -> float:

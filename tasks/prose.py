@@ -21,7 +21,7 @@ from random import Random
 from typing import Any
 
 from nanochat.common import derive_seed
-from tasks.common import ANSWER_PREFIX, Conversation, Task, render_multiple_choice
+from tasks.common import ANSWER_PREFIX, Conversation, Task, option_line, render_multiple_choice
 from tasks.families import NAMES, THINGS
 from tasks.problem import LETTERS, Problem
 from tasks.synthetic import Synthetic, check_arithmetic, choose_options
@@ -60,7 +60,7 @@ def _drill(index: int, seed: int) -> tuple[str, str]:
     random = Random(derive_seed("drill", seed, index))
     values = _option_values(random)
     options = list(zip(map(str, values), LETTERS, strict=True))
-    again = [f"- {value}={letter}" for value, letter in random.sample(options, len(options))]
+    again = [option_line(value, letter) for value, letter in random.sample(options, len(options))]
     answers = [_looked_up(value, letter) for value, letter in random.sample(options, len(options))]
     prompt = render_multiple_choice("Find each.", LETTERS, [value for value, _ in options])
     return prompt, "\n".join([*again, *answers])

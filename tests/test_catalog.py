@@ -10,8 +10,8 @@ import pytest
 from nanochat.common import UserError
 from tasks import catalog
 from tasks.catalog import (
-    Curriculum,
     Generated,
+    Interleaved,
     Part,
     assemble,
     at_most,
@@ -70,19 +70,12 @@ def test_at_most_bounds_every_part() -> None:
     assert at_most(parts, -1) == parts
 
 
-def test_the_curriculum_begins_with_the_drill_and_interleaves_the_rest_evenly() -> None:
-    drill = Generated(lambda number, seed: f"drill {number}", 0, 3)
+def test_prose_and_our_own_documents_are_interleaved_evenly() -> None:
     written = Generated(lambda number, seed: f"ours {number}", 0, 100)
-    documents = Curriculum(drill, written, ["book 0", "book 1"], share=0.25)
-    first = [documents[number] for number in range(11)]
-    assert first[:3] == ["drill 0", "drill 1", "drill 2"]
+    documents = Interleaved(written, ["book 0", "book 1"], share=0.25)
+    first = [documents[number] for number in range(8)]
     assert [text for text in first if text.startswith("ours")] == ["ours 0", "ours 1"]
     assert [text for text in first if text.startswith("book")] == ["book 0", "book 1"] * 3
-    assert [Curriculum(drill, written, [], 1.0)[number] for number in (2, 3, 4)] == [
-        "drill 2",
-        "ours 0",
-        "ours 1",
-    ]
 
 
 def test_rl_tasks_share_no_problem_between_training_and_validation() -> None:

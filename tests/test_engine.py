@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -578,3 +579,31 @@ def test_a_completion_is_plain_data() -> None:
     assert dataclasses.asdict(completion).keys() == {"ids", "logprobs", "mask", "truncated"}
     assert all(type(token) is int for token in completion.ids)
     assert all(type(value) is float for value in completion.logprobs)
+
+
+def test_the_benchmark_runs_and_finds_the_same_greedy_output(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from benchmarks import rollout
+
+    monkeypatch.setattr(
+        rollout,
+        "read_questions",
+        lambda count: ([f"What is {n} + 1?" * (n + 1) for n in range(count)], "here"),
+    )
+    config = rollout.Config(
+        depths="1,2",
+        questions=3,
+        samples=4,
+        max_tokens=6,
+        rows_per_call=3,
+        repeats=1,
+        vocab_size=300,
+        device_type="cpu",
+    )
+    rollout.main(config)
+    results = json.loads(capsys.readouterr().out.splitlines()[-1])["results"]
+    assert [(result["depth"], result["rows"]) for result in results] == [
+        (depth, rows) for depth in (1, 2) for rows in ("fixed", "ending")
+    ]
+    assert all(result["same_greedy"] == 1.0 and result["ratio"] > 0 for result in results)
