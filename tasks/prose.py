@@ -119,9 +119,10 @@ def _option_values(random: Random) -> list[int]:
 
 
 def pretraining_document(index: int, seed: int) -> str:
-    """A short text of one of five kinds: sums, sums in words, a story, a question with its solution, the same with options."""
+    """A short text: sums, sums in words, a story, questions with their steps, an exercise with options, a page of look-ups."""
     random = Random(derive_seed("prose", seed, index))
-    kind = random.choices((_sums, _sums_in_words, _story, _solution, _exercise), (3, 1, 1, 3, 2))[0]
+    kinds = (_sums, _sums_in_words, _story, _solution, _exercise, _lookups)
+    kind = random.choices(kinds, (3, 1, 1, 3, 2, 1))[0]
     text = kind(random, index)
     check_arithmetic(text)
     return text
@@ -205,6 +206,11 @@ def _exercise(random: Random, index: int) -> str:
     problem = _some_problem(random)
     prompt = render_multiple_choice(problem.question, problem.letters, problem.options)
     return f"{prompt}\n{problem.rationale}\n{ANSWER_PREFIX} {problem.gold}"
+
+
+def _lookups(random: Random, index: int) -> str:
+    """A page of the drill, so that what it taught is not forgotten."""
+    return drill_document(index, random.getrandbits(32))
 
 
 def number_words(number: int) -> str:
