@@ -25,11 +25,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from nanochat.common import UserError
+from nanochat.common import UserError, progress
 from nanochat.decoder import Decoder
 from nanochat.gpt import GPT, Linear
 from nanochat.kv_cache import Extent, KVCache, numbers_per_token
-from nanochat.rows import Completion, Marks, Request
+from nanochat.rows import Completion, Marks, Request, Row
 from nanochat.sampling import Sampling
 
 if TYPE_CHECKING:
@@ -71,10 +71,11 @@ class Engine:
         seeds: Sequence[int],
         forbid_first: Sequence[int] = (),
         use_tools: bool = True,
+        description: str = "",
     ) -> list[list[Completion]]:
         """
         `num_samples` completions of every prompt, in order. Temperature 0 is greedy (log-probabilities are then those
-        of temperature 1); no completion begins with an id of `forbid_first`.
+        of temperature 1); no completion begins with an id of `forbid_first`. With a `description`, progress is shown.
         """
         if not prompts:
             raise UserError("prompts is empty: give at least one")
@@ -91,12 +92,12 @@ class Engine:
         ]
         extent, pieces = self._plan(requests)
         results: dict[tuple[int, int], Completion] = {}
-        waiting = deque(pieces)
         with self.decoder(extent, check_every=self.check_every) as decoder:
-            while waiting or decoder.rows:
-                decoder.admit(_next_in(waiting, decoder))
-                for row in decoder.step():
-                    results[row.request.index, row.sample] = row.completion()
+            rows = _finished(decoder, deque(pieces))
+            if description:
+                rows = progress(rows, total=len(prompts) * num_samples, description=description)
+            for row in rows:
+                results[row.request.index, row.sample] = row.completion()
         return [[results[index, sample] for sample in range(num_samples)] for index in range(len(prompts))]
 
     def stream(
@@ -212,6 +213,13 @@ class Engine:
         # A few rows' completions stay in a CPU's cache, where pieces only cost calls; a GPU has no use for them either.
         chunk = CPU_CHUNK if rows > 8 and self.model.device.type == "cpu" else completion
         return Extent(questions, prompt, rows, completion, chunk), pieces
+
+
+def _finished(decoder: Decoder, waiting: deque[Request]) -> Iterator[Row]:
+    """Decode until nothing waits and nothing runs; each sample as it ends."""
+    while waiting or decoder.rows:
+        decoder.admit(_next_in(waiting, decoder))
+        yield from decoder.step()
 
 
 def _next_in(waiting: deque[Request], decoder: Decoder) -> list[Request]:

@@ -135,6 +135,7 @@ def rollout(
     forbid_first: Sequence[int] = (),
     use_tools: bool = True,
     format_reward: float = 0.1,
+    description: str = "",
 ) -> list[Group]:
     """Sample `num_samples` completions of every question in one batch and mark them: one group per question.
 
@@ -150,6 +151,7 @@ def rollout(
         seeds=seeds,
         forbid_first=forbid_first,
         use_tools=use_tools,
+        description=description,
     )
     groups = []
     for (question, conversation), prompt, group in zip(questions, prompts, completions, strict=True):

@@ -205,7 +205,7 @@ def main(config: Config) -> None:
             seed=config.seed,
             html=config.attn_html,
         )
-        if stage.start == 0:
+        if stage.start == 0 and config.eval_every > 0:
             found = validate(engine, held_out, config, world)
             stage.tracker.log(0, found)
             print0(step_line(0, num_steps, found))
@@ -293,6 +293,7 @@ def sample(engine: Engine, questions: Any, config: Config, world: World, step: i
             temperature=config.temperature,
             top_k=config.top_k,
             format_reward=config.format_reward,
+            description=f"rollouts of step {step}",
         )
 
     if not config.dynamic_sampling:
