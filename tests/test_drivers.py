@@ -296,6 +296,8 @@ def test_an_interrupt_says_how_to_go_on_and_leaves_no_marker(tmp_path: Path) -> 
     running = subprocess.Popen(
         ["bash", driver], env=environment(tmp_path), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         start_new_session=True,
+        # A test run in the background inherits an ignored SIGINT, which no shell can trap.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )  # fmt: skip
     assert running.stdout is not None
     for line in running.stdout:
