@@ -230,6 +230,11 @@ def test_the_html_view_opens_in_headless_chromium_without_a_network_request(tmp_
         return subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
 
     assert 'data-requests="[]"' in chromium("--virtual-time-budget=10000", "--dump-dom")
-    chromium("--timeout=10000", "--window-size=700,400", f"--screenshot={picture}")
-    pixels = imread(picture)[40:210, 50:225, :3]  # where the map stands
-    assert len(np.unique(pixels.reshape(-1, 3), axis=0)) > 20, "the map is painted in many shades"
+    shades = 0
+    for _ in range(3):  # the browser may take its picture before the page has drawn the map
+        chromium("--timeout=10000", "--window-size=700,400", f"--screenshot={picture}")
+        pixels = imread(picture)[40:210, 50:225, :3]  # where the map stands
+        shades = max(shades, len(np.unique(pixels.reshape(-1, 3), axis=0)))
+        if shades > 20:
+            break
+    assert shades > 20, "the map is painted in many shades"

@@ -224,7 +224,8 @@ def updated_weights(world: World) -> dict:
 
 
 def test_one_and_two_ranks_give_the_same_update_metrics_and_random_rewards() -> None:
-    alone = updated_weights(ALONE)
+    # A process of its own too, so that both sums run on one thread: AdamW makes a step of any rounding difference.
+    (alone,) = run_ranks(updated_weights, 1)
     first, second = run_ranks(updated_weights, 2)
     for a, b, c in zip(alone["weights"], first["weights"], second["weights"], strict=True):
         assert torch.equal(b, c)

@@ -265,6 +265,7 @@ def test_peak_flops_by_name() -> None:
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # torch's compiler warns of torch itself
+@pytest.mark.filterwarnings("ignore:`torch._prims_common:FutureWarning")
 def test_compiled_training_equals_eager() -> None:
     batch = rows(4)
     segments = torch.tensor([0] * 5 + [1] * 4 + [-1] * 3).expand(4, 12).contiguous()
