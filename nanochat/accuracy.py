@@ -36,6 +36,8 @@ class Outcome:
     correct: tuple[bool, ...]
     truncated: tuple[bool, ...]
     num_options: int
+    about: tuple[tuple[str, Any], ...] = ()
+    """what kind of item it is, such as (("family", "linear"), ("difficulty", 2))"""
 
     @property
     def share(self) -> float:
@@ -44,6 +46,12 @@ class Outcome:
     @property
     def vote(self) -> Vote:
         return majority_vote(self.letters)
+
+    def row(self) -> dict[str, Any]:
+        """The item as a row of a table, from which any two evaluations can be paired later."""
+        predicted = self.letters[0] if len(self.letters) == 1 else list(self.letters)
+        named = {"index": self.index, "gold": self.gold, "predicted": predicted, "correct": self.share}
+        return named | dict(self.about)
 
 
 @dataclass(frozen=True, slots=True)

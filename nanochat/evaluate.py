@@ -29,6 +29,9 @@ if TYPE_CHECKING:
     from nanochat.tokenizer import Tokenizer
 
 
+KINDS = ("family", "difficulty")  # keys of a conversation that say what kind of item it is
+
+
 class EvalTask(Protocol):
     """The part of a task that evaluation needs."""
 
@@ -216,15 +219,19 @@ def _outcome(group: Sequence[Episode]) -> Outcome:
         correct=tuple(bool(e.reward.correct) for e in group),
         truncated=tuple(e.completion.truncated for e in group),
         num_options=len(conversation.get("letters", ())),
+        about=_about(conversation),
     )
 
 
 def _letter_outcome(index: int, conversation: Conversation, letter: str) -> Outcome:
     gold = conversation["answer_letter"]
     option = _option(conversation, letter)
-    return Outcome(
-        index, gold, (letter,), (option,), (letter == gold,), (False,), len(conversation["letters"])
-    )
+    correct, count = letter == gold, len(conversation["letters"])
+    return Outcome(index, gold, (letter,), (option,), (correct,), (False,), count, _about(conversation))
+
+
+def _about(conversation: Conversation) -> tuple[tuple[str, Any], ...]:
+    return tuple((name, conversation[name]) for name in KINDS if name in conversation)
 
 
 def _shown(episode: Episode) -> dict[str, Any]:

@@ -91,6 +91,11 @@ RL = (
 PANELS: dict[str, tuple[Panel, ...]] = {"base": SUPERVISED, "mid": SUPERVISED, "sft": SUPERVISED, "rl": RL}
 
 
+def panels_of(stage: str) -> tuple[Panel, ...]:
+    """The panels of a stage, the same for its controls: those of rl for rl_random."""
+    return PANELS.get(stage.partition("_")[0], ())
+
+
 def series(rows: Rows, name: str) -> tuple[list[float], list[float]]:
     """Steps and values of the metric `name`, thinned to what a small picture can show."""
     points = [(row["step"], row[name]) for row in rows if isinstance(row.get(name), int | float)]
@@ -116,7 +121,7 @@ def learning_curves(stage: str, rows: Rows, path: Path, *, levels: Mapping[str, 
 
     `levels` are horizontal lines for accuracies, such as {"AQuA, majority letter": 0.272}.
     """
-    panels = [p for p in PANELS.get(stage, ()) if any(len(series(rows, name)[0]) > 1 for name in p.curves)]
+    panels = [p for p in panels_of(stage) if any(len(series(rows, name)[0]) > 1 for name in p.curves)]
     if not panels:
         return False
     from matplotlib.backends.backend_agg import FigureCanvasAgg

@@ -16,117 +16,19 @@ import argparse
 import shutil
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from nanochat import report_text as text
 from nanochat.common import UserError, base_dir, write_atomic
-from nanochat.figures import PANELS, learning_curves
+from nanochat.figures import learning_curves, panels_of
 from nanochat.metrics import describe
-from nanochat.run_files import read_json, read_lines, read_metrics, run_dir
+from nanochat.rl_gain import gain_table, load_gain, tasks_asked
+from nanochat.run_files import read_lines, run_dir
+from nanochat.run_record import TITLES, RunRecord, StageRecord, load_run, run_names
 
 FIGURES = "report_figures"  # beside report.md, so that the same text works in both places
 COLUMNS = ("base", "mid", "sft", "rl")
-TITLES = {  # stage -> title; the section's file is named after the title, as nanochat does it
-    "tok_train": "Tokenizer training",
-    "tok_eval": "Tokenizer evaluation",
-    "base": "Base model training",
-    "base_loss": "Base model loss",
-    "base_eval": "Base model evaluation",
-    "mid": "Midtraining",
-    "chat_eval_mid": "Chat evaluation mid",
-    "sft": "Chat SFT",
-    "chat_eval_sft": "Chat evaluation sft",
-    "rl": "Chat RL",
-    "chat_eval_rl": "Chat evaluation rl",
-}
-
-
-@dataclass(frozen=True, slots=True)
-class StageRecord:
-    """What one stage left in its run directory."""
-
-    name: str
-    directory: Path
-    config: Mapping[str, Any]
-    summary: Mapping[str, Any]
-    metrics: Sequence[Mapping[str, Any]]
-    notes: Sequence[Mapping[str, Any]]
-
-    @property
-    def title(self) -> str:
-        return TITLES.get(self.name, self.name.replace("_", " ").capitalize())
-
-    @property
-    def results(self) -> Mapping[str, Any]:
-        return self.summary.get("results") or {}
-
-    @property
-    def seconds(self) -> float:
-        last = self.metrics[-1].get("time", 0.0) if self.metrics else 0.0
-        return float(self.summary.get("seconds", last))
-
-    @property
-    def state(self) -> str:
-        """'' for a stage that reached its end, otherwise what became of it."""
-        if self.summary.get("failed"):
-            return f"failed after {text.duration(self.seconds)}: {self.summary['failed']}"
-        return (
-            ""
-            if self.summary.get("finished")
-            else f"not finished; last seen at {text.duration(self.seconds)}"
-        )
-
-    def told(self, kind: str) -> list[str]:
-        """The notes of this kind, each once."""
-        return list(dict.fromkeys(str(note["text"]) for note in self.notes if note.get("kind") == kind))
-
-
-@dataclass(frozen=True, slots=True)
-class RunRecord:
-    """All stages of a run, in the pipeline's order."""
-
-    name: str
-    stages: Mapping[str, StageRecord]
-
-    @property
-    def seconds(self) -> float:
-        return sum(stage.seconds for stage in self.stages.values())
-
-
-def load_run(name: str) -> RunRecord:
-    """Read a run. Raises UserError, naming the runs there are, when there is nothing under that name."""
-    folder = run_dir(name)
-    found = [path.parent for path in folder.glob("*/config.json") if not path.parent.name.startswith(".")]
-    if not found:
-        others = ", ".join(run_names()) or "none yet"
-        raise UserError(f"there is no run {name!r} under {folder.parent}; runs there: {others}")
-    order = list(TITLES)
-    found.sort(key=lambda path: (order.index(path.name) if path.name in order else len(order), path.name))
-    return RunRecord(name, {path.name: load_stage(path) for path in found})
-
-
-def load_stage(directory: Path) -> StageRecord:
-    """Read a stage's run directory; files that are not there yet are empty."""
-    return StageRecord(
-        directory.name,
-        directory,
-        read_json(directory / "config.json"),
-        read_json(directory / "summary.json"),
-        read_metrics(directory / "metrics.jsonl"),
-        read_lines(directory / "notes.jsonl"),
-    )
-
-
-def run_names() -> list[str]:
-    """The names of the runs with at least one stage, newest last."""
-    newest: dict[str, float] = {}
-    for path in (base_dir() / "runs").glob("*/*/config.json"):
-        if not path.parent.name.startswith("."):
-            name = path.parent.parent.name
-            newest[name] = max(newest.get(name, 0.0), path.stat().st_mtime)
-    return sorted(newest, key=lambda name: newest[name])
 
 
 def generate(run: RunRecord, folder: Path) -> str:
@@ -134,6 +36,7 @@ def generate(run: RunRecord, folder: Path) -> str:
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     sections = {"header": header(run), "summary": "## Summary\n\n" + summary(run)}
+    sections["gain"] = gain_section(run)
     sections["data"] = data_section(run)
     for stage in run.stages.values():
         figure = folder / FIGURES / f"{stage.name}.png"
@@ -229,6 +132,13 @@ def troubles(run: RunRecord) -> Iterator[str]:
             yield f"**{stage.title}** {stage.state}"
 
 
+def gain_section(run: RunRecord) -> str:
+    """Whether RL helped, question by question, with the controls beside it."""
+    folder = run_dir(run.name)
+    tables = [f"### {task}\n\n{gain_table(load_gain(folder, task))}" for task in tasks_asked(folder)]
+    return "\n\n".join(["## Does RL help?", *tables]) if tables else ""
+
+
 def data_section(run: RunRecord) -> str:
     """What was trained and evaluated on, and what was left out."""
     parts = ["## Data"]
@@ -260,7 +170,10 @@ def stage_section(stage: StageRecord, figure: str | None) -> str:
     if figure:
         parts.append(f"![{stage.title}: learning curves]({figure})")
         drawn = dict.fromkeys(
-            n for panel in PANELS[stage.name] for n in panel.curves if any(n in row for row in stage.metrics)
+            n
+            for panel in panels_of(stage.name)
+            for n in panel.curves
+            if any(n in row for row in stage.metrics)
         )
         parts.append(
             text.folded("how to read the curves", text.bullets({f"`{n}`": describe(n) for n in drawn}))

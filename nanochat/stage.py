@@ -41,7 +41,7 @@ from nanochat.train import Step, next_token_loss, peak_flops
 # Flags that change what is seen of a run, or how it is cut up, but not what it learns.
 OPERATIONAL = {
     "run", "model_tag", "device_type", "dtype", "wandb_project", "wandb_entity", "device_batch_size", "eval_every",
-    "eval_examples", "eval_tokens", "save_every", "keep_last", "log_every", "resume", "step",
+    "eval_examples", "eval_tokens", "save_every", "keep_last", "log_every", "resume", "step", "save_tag", "label",
 }  # fmt: skip
 
 

@@ -144,6 +144,7 @@ class Asked:
             print0(accuracy.describe())
             results[name] = accuracy.results()
             tracker.table(f"samples/{task.name}", 0, list(accuracy.shown))
+            tracker.table(f"outcomes/{name}", 0, [outcome.row() for outcome in accuracy.outcomes])
             if self.other is not None:
                 before = self.ask(self.other, task, mode)
                 paired = compare(before, accuracy)

@@ -65,6 +65,8 @@ class Config(StageConfig):
     """random: the control in which rewards are drawn by lot; nothing should be learnt"""
     save_tag: str = ""
     """folder of the checkpoints that are written; by default that of the start, or with -random for the control"""
+    label: str = ""
+    """name of this stage in the run directory; by default rl, or rl_random for the control"""
     advantage: Literal["center", "zscore", "rloo"] = "center"
     """a reward against its group's mean; over its standard deviation; against the mean of the others"""
     loss: Literal["dapo", "dr_grpo", "grpo"] = "dapo"
@@ -189,7 +191,7 @@ def main(config: Config) -> None:
     optimizer = make_rl_optimizer(policy, config, world)
     control = "random" if config.reward_control == "random" else ""
     tag = config.save_tag or "-".join(filter(None, [config.model_tag or find_tag(config.source), control]))
-    record = f"rl_{control}" if control else "rl"
+    record = config.label or "_".join(filter(None, ["rl", control]))
     with open_stage("rl", config, world, tag=tag, parent=parent, record=record) as stage:
         tell(stage.tracker, notes)
         stage.restore(policy, optimizer)

@@ -32,6 +32,10 @@ class Config(ConversationConfig):
     """rows of AQuA's validation split in one validation"""
     total_batch_size: int = 65_536
     """tokens of one optimizer step over all ranks; -1: one microbatch on every rank"""
+    save_tag: str = ""
+    """folder of the checkpoints that are written; by default that of the start"""
+    label: str = ""
+    """name of this stage in the run directory; by default sft"""
 
 
 def main(config: Config) -> None:
@@ -71,9 +75,8 @@ def main(config: Config) -> None:
     grad_accum = grad_accum_steps(config, sequence_len, world)
     optimizer = optimizer_for(model, config, world)
     losses: dict[str, float] = {}
-    with open_stage(
-        "sft", config, world, tag=config.model_tag or find_tag(config.source), parent=parent
-    ) as stage:
+    tag = config.save_tag or config.model_tag or find_tag(config.source)
+    with open_stage("sft", config, world, tag=tag, parent=parent, record=config.label) as stage:
         tell(stage.tracker, notes)
         stage.restore(model, optimizer)
         batches = conversation_batches(mixture, tokenizer, seed=config.seed, state=stage.data_state, **shape)

@@ -148,32 +148,46 @@ need mid_train after=base_train ranks scripts.mid_train "${common[@]}" "${rates[
   --eval_every="$EVAL_EVERY" --eval_tokens="$EVAL_TOKENS" ${more[@]+"${more[@]}"}
 evaluate mid after=mid_train
 
-extra "$EXTRA_CHAT_SFT"
-need chat_sft after=mid_train ranks scripts.chat_sft "${common[@]}" "${rates[@]}" --num_iterations="$SFT_ITERATIONS" \
-  --total_batch_size="$SFT_BATCH_TOKENS" --device_batch_size="$SFT_DEVICE_BATCH_SIZE" \
-  --aqua_train_examples="$AQUA_TRAIN_EXAMPLES" --aqua_val_examples="$AQUA_VAL_EXAMPLES" \
-  --synthetic_examples="$SYNTHETIC_EXAMPLES" --other_examples="$OTHER_EXAMPLES" \
-  --eval_every="$EVAL_EVERY" ${more[@]+"${more[@]}"}
+fine_tune() { # fine_tune NAME flags...
+  extra "$EXTRA_CHAT_SFT"
+  need "$1" after=mid_train ranks scripts.chat_sft "${common[@]}" "${rates[@]}" --num_iterations="$SFT_ITERATIONS" \
+    --total_batch_size="$SFT_BATCH_TOKENS" --device_batch_size="$SFT_DEVICE_BATCH_SIZE" \
+    --aqua_train_examples="$AQUA_TRAIN_EXAMPLES" --aqua_val_examples="$AQUA_VAL_EXAMPLES" \
+    --synthetic_examples="$SYNTHETIC_EXAMPLES" --other_examples="$OTHER_EXAMPLES" \
+    --eval_every="$EVAL_EVERY" "${@:2}" ${more[@]+"${more[@]}"}
+}
+fine_tune chat_sft
 evaluate sft after=chat_sft
 
-reinforce() { # reinforce NAME flags...
+reinforce() { # reinforce NAME after=STAGES flags...
   extra "$EXTRA_CHAT_RL"
-  need "$1" after=chat_sft ranks scripts.chat_rl "${common[@]}" --dataset="${RL_DATASET:-AQUA}" --max_steps="$RL_STEPS" \
+  need "$1" "$2" ranks scripts.chat_rl "${common[@]}" --dataset="${RL_DATASET:-AQUA}" --max_steps="$RL_STEPS" \
     --examples_per_step="$EXAMPLES_PER_STEP" --num_samples="$NUM_SAMPLES" --max_new_tokens="$MAX_NEW_TOKENS" \
     --temperature="$TEMPERATURE" --learning_rate="$RL_LEARNING_RATE" --device_batch_size="$RL_DEVICE_BATCH_SIZE" \
     --eval_every="$RL_EVAL_EVERY" --eval_examples="$RL_EVAL_EXAMPLES" --save_every="$RL_SAVE_EVERY" \
-    --kl_every="$KL_EVERY" --attn_every="$ATTN_EVERY" "${@:2}" ${more[@]+"${more[@]}"}
+    --kl_every="$KL_EVERY" --attn_every="$ATTN_EVERY" "${@:3}" ${more[@]+"${more[@]}"}
 }
-reinforce chat_rl
+reinforce chat_rl after=chat_sft
 evaluate rl after=chat_rl,chat_eval_sft --compare=sft
 
-# Two controls: how much of a gain is only a choice of style, and what is learnt from rewards that mean nothing.
-if [ "$CONTROLS" = 1 ]; then
-  need control_forbid_bare after=chat_sft ranks scripts.chat_eval "${common[@]}" -i sft -a SYNTHETIC \
-    -x "$EVAL_EXAMPLES" -m "$MAX_NEW_TOKENS" --forbid_bare --label=control_forbid_bare
-  reinforce rl_random --reward_control=random
-  need control_random_reward after=rl_random ranks scripts.chat_eval "${common[@]/#--model_tag=*/--model_tag=$MODEL_TAG-random}" \
-    -i rl -a SYNTHETIC -x "$EVAL_EXAMPLES" -m "$MAX_NEW_TOKENS" --compare="sft:$MODEL_TAG" --label=control_random_reward
+control() { # control NAME after=STAGES -i SOURCE flags...: ask what RL was evaluated on
+  need "control_$1" "$2" ranks scripts.chat_eval "${common[@]}" -a SYNTHETIC -x "$EVAL_EXAMPLES" -m "$MAX_NEW_TOKENS" \
+    --label="control_$1" "${@:3}"
+}
+
+# Controls: how much of a gain is only a choice of style, and what is learnt from rewards that mean nothing.
+if [ "$CONTROLS" -ge 1 ]; then
+  control forbid_bare after=chat_sft -i sft --forbid_bare
+  reinforce rl_random after=chat_sft --reward_control=random
+  control random_reward after=rl_random -i rl --model_tag="$MODEL_TAG-random"
+fi
+
+# And what RL does where there is no choice of style left: it must not lose what SFT has learnt.
+if [ "$CONTROLS" -ge 2 ]; then
+  fine_tune sft_worked --quality=worked --save_tag="$MODEL_TAG-worked" --label=sft_worked
+  control sft_worked after=sft_worked -i sft --model_tag="$MODEL_TAG-worked"
+  reinforce rl_worked after=sft_worked --model_tag="$MODEL_TAG-worked" --label=rl_worked
+  control rl_worked after=rl_worked -i rl --model_tag="$MODEL_TAG-worked"
 fi
 
 # The report is written every time: it costs seconds and reads what all stages left.

@@ -98,7 +98,7 @@ KNOBS: tuple[Knob, ...] = (
     Knob("RL_SAVE_EVERY",        "steps between checkpoints; -1: only the last",              (60, 60, 50, -1)),
     Knob("KL_EVERY",             "steps between looks at letters and KL; -1: never",          (200, 200, 20, 2)),
     Knob("ATTN_EVERY",           "steps between looks at attention; -1: never",               (200, 200, 20, 2)),
-    Knob("CONTROLS",             "1: beside rl, the bare style forbidden and rewards drawn by lot", (0, 0, 0, 0)),
+    Knob("CONTROLS",             "1: beside rl, the bare style forbidden and rewards drawn by lot; 2: and rl from an sft on worked rationales alone", same(0)),
     # evaluation
     Knob("EVAL_TASKS",           "tasks of chat_eval, with | between; empty: all that can be had", ("", "", "AQUA|SYNTHETIC", "AQUA|SYNTHETIC")),
     Knob("EVAL_EXAMPLES",        "most questions of a task; -1: all",                         (-1, -1, 1_024, 16)),

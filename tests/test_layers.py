@@ -13,7 +13,9 @@ LAYERS = [
     "checkpoint_manager checkpoints legacy dataloader packing engine decoder rows kv_cache sampling",
     "train rl policy_gradient shared_prefix letters attention accuracy evaluate core_eval",
     "stage telemetry",
-    "web report report_text figures",
+    "report_text figures",
+    "run_record rl_gain",
+    "web report",
 ]
 RIM = {  # package -> the only modules that may import it
     "wandb": {"tracking"},
