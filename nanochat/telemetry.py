@@ -50,14 +50,24 @@ class Telemetry:
     html: bool = False
     """also write treescope's view of the attention maps"""
 
-    def letters(self, step: int, groups: Sequence[Group]) -> dict[str, Any]:
+    def look(self, step: int, groups: Sequence[Group], *, letters: bool, attention: bool) -> dict[str, Any]:
+        """What is due at `step`, on the main rank; the probe is answered once for both."""
+        answers = self.answer_probe() if letters or attention else []
+        metrics: dict[str, Any] = {}
+        if letters:
+            metrics |= self.letters(step, answers, groups)
+        if attention:
+            metrics |= self.attention(step, answers)
+        return metrics
+
+    def letters(self, step: int, answers: Sequence[Episode], groups: Sequence[Group]) -> dict[str, Any]:
         """KL, margins and letters on the probe and on one episode of each of the step's first questions."""
         current = [group[0] for group in groups[: len(self.probe)]]
         report = letter_telemetry(
             self.engine.model,
             self.reference,
             self.engine.tokenizer,
-            [*self.answer_probe(), *current],
+            [*answers, *current],
             mode=self.mode,
             temperature=self.temperature,
         )
@@ -65,9 +75,9 @@ class Telemetry:
         self.tracker.table("rl/samples", step, sample_rows(groups))
         return dict(report.metrics)
 
-    def attention(self, step: int) -> dict[str, Any]:
+    def attention(self, step: int, answers: Sequence[Episode]) -> dict[str, Any]:
         """Entropies, masses and maps of attention on the probe."""
-        report = attention_telemetry(self.engine.model, self.engine.tokenizer, self.answer_probe())
+        report = attention_telemetry(self.engine.model, self.engine.tokenizer, answers)
         self.tracker.table("attn/heads", step, report.heads)
         for layer, maps in report.maps.items():
             picture = heatmap_png(maps, report.tokens, title=f"layer {layer}, step {step}")

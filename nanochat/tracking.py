@@ -204,6 +204,10 @@ def open_view(stage: str, record: Row, directory: Path) -> View | None:
     except ImportError as error:
         _warn(f"cannot be imported ({error}); recording to {directory} alone")
         return None
+    if "pandas" not in sys.modules and hasattr(wandb.util, "pd_available"):
+        # W&B asks of every table whether it is a data frame, and would import pandas to find out: seconds of the
+        # first look of an RL run. Without the import it goes by the type's name.
+        wandb.util.pd_available = False
     why, run_id = "" if mode == "offline" else why_offline(), record["wandb_id"]
     if mode != "offline" and not why:
         run, why = _start(wandb, stage, record, directory, mode="online", id=run_id)

@@ -166,7 +166,7 @@ class Config(StageConfig):
 def main(config: Config) -> None:
     """Sample, mark, compare, push; watch what it does."""
     from nanochat.checkpoint_manager import load_model
-    from nanochat.checkpoints import find_tag
+    from nanochat.checkpoints import best_step, find_tag
     from nanochat.common import compute_cleanup, compute_init, print0
     from nanochat.engine import Engine
     from nanochat.policy_gradient import update_policy
@@ -221,10 +221,11 @@ def main(config: Config) -> None:
             metrics: dict[str, Any] = step_metrics(groups, temperature=config.temperature, world=world)
             clock.lap("reward")
             # Before the update: the step's completions are samples of the policy that is looked at.
-            if world.main and due(step, config.kl_every, num_steps):
-                metrics |= telemetry.letters(step, groups)
-            if world.main and due(step, config.attn_every, num_steps):
-                metrics |= telemetry.attention(step)
+            if world.main:
+                letters, attention = (
+                    due(step, every, num_steps) for every in (config.kl_every, config.attn_every)
+                )
+                metrics |= telemetry.look(step, groups, letters=letters, attention=attention)
             clock.lap("telemetry")
             lr_scale = linear_to_zero(step - 1, num_steps=num_steps)
             metrics |= update_policy(
@@ -253,7 +254,8 @@ def main(config: Config) -> None:
                 print0(step_line(step, num_steps, metrics))
             if due(step, config.save_every, num_steps) or step == num_steps:
                 stage.save(step, policy, optimizer, best_value=accuracy)
-        stage.tracker.finish({"steps": num_steps, "best_dev_acc": stage.best})
+        best = {"best_dev_acc": stage.best, "best_step": best_step("rl", tag)}
+        stage.tracker.finish({"steps": num_steps, **best})
     compute_cleanup(world)
 
 
