@@ -40,7 +40,7 @@ def generate(run: RunRecord, folder: Path) -> str:
     sections["data"] = data_section(run)
     for stage in run.stages.values():
         figure = folder / FIGURES / f"{stage.name}.png"
-        drawn = learning_curves(stage.name, stage.metrics, figure, levels=levels(run))
+        drawn = learning_curves(stage.name, stage.metrics, figure, levels=levels(run, stage))
         slug = stage.title.lower().replace(" ", "-")
         sections[slug] = stage_section(stage, f"{FIGURES}/{stage.name}.png" if drawn else None)
     sections["samples"] = samples_section(run)
@@ -213,16 +213,16 @@ def time_section(run: RunRecord) -> str:
     return "## Time\n\n" + text.table(["stage", "time", "share"], rows)
 
 
-def levels(run: RunRecord) -> dict[str, float]:
-    """What always saying the commonest letter scores, by task: the lines that accuracies must beat."""
+def levels(run: RunRecord, stage: StageRecord) -> dict[str, float]:
+    """What always saying the commonest letter scores, by task: the lines that the accuracies of `stage` must beat."""
+    drawn = {name for row in stage.metrics for name in row if name.endswith("_dev_acc")}
     found: dict[str, float] = {}
-    for stage in run.stages.values():
-        for result in stage.results.values():
-            if is_accuracy(result) and result.get("majority") and result.get("task"):
-                found[f"{result['task']}, always {result.get('majority_letter', 'one letter')}"] = result[
-                    "majority"
-                ]
-    return dict(list(found.items())[:2])
+    for other in run.stages.values():
+        for result in other.results.values():
+            task = str(result.get("task", "")) if is_accuracy(result) else ""
+            if f"eval/{task.lower()}_dev_acc" in drawn and result.get("majority"):
+                found[f"{task}, always {result.get('majority_letter', 'one letter')}"] = result["majority"]
+    return found
 
 
 def main(argv: Sequence[str]) -> int:

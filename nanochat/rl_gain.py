@@ -142,36 +142,33 @@ def gain_table(gain: Gain) -> str:
 
 
 def seeds_table(gains: Sequence[Gain]) -> str:
-    """Several runs side by side: accuracies, then differences with the p of each seed, and the mean of all."""
-    header = ["", *(gain.run for gain in gains), "mean", "standard error"]
+    """Several runs side by side: accuracies, then differences with the p of each seed, and the mean of those that have it."""
     rows = []
     for condition in CONDITIONS:
-        values = [gain.asked[condition.stage].value for gain in gains if condition.stage in gain.asked]
-        if len(values) == len(gains):
-            rows.append(
-                [
-                    condition.title,
-                    *map(percent, values),
-                    percent(mean(values)),
-                    points(standard_error(values)),
-                ]
-            )
+        values = [
+            gain.asked[condition.stage].value if condition.stage in gain.asked else None for gain in gains
+        ]
+        cells = ["" if value is None else percent(value) for value in values]
+        there = [value for value in values if value is not None]
+        if there:
+            rows.append([condition.title, *cells, percent(mean(there)), points(standard_error(there))])
     for key, pairs in paired(gains).items():
-        differences = [pair.difference for pair in pairs]
-        cells = [f"{100 * pair.difference:+.1f} (p = {pair.p:.1g})" for pair in pairs]
-        rows.append([key, *cells, f"{100 * mean(differences):+.1f}", points(standard_error(differences))])
+        cells = [f"{100 * p.difference:+.1f} (p = {p.p:.1g})" if p else "" for p in pairs]
+        there = [pair.difference for pair in pairs if pair]
+        rows.append([key, *cells, f"{100 * mean(there):+.1f}", points(standard_error(there))])
     majority = [percent(gain.asked[SFT].majority) for gain in gains]
     rows.append(["always the commonest letter", *majority, "", ""])
-    return table(header, rows)
+    return table(["", *(gain.run for gain in gains), "mean", "standard error"], rows)
 
 
-def paired(gains: Sequence[Gain]) -> dict[str, list[Comparison]]:
-    """Every comparison that all of the runs have, by its name: "RL against SFT" -> one Comparison for each run."""
-    found: dict[str, list[Comparison]] = {}
-    for gain in gains:
+def paired(gains: Sequence[Gain]) -> dict[str, list[Comparison | None]]:
+    """Every comparison by its name, "RL against SFT": one Comparison for each run, None for a run that lacks it."""
+    found: dict[str, list[Comparison | None]] = {}
+    for place, gain in enumerate(gains):
         for condition, other, pair in gain.comparisons():
-            found.setdefault(f"{condition.title} against {TITLES[other]}", []).append(pair)
-    return {key: pairs for key, pairs in found.items() if len(pairs) == len(gains)}
+            key = f"{condition.title} against {TITLES[other]}"
+            found.setdefault(key, [None] * len(gains))[place] = pair
+    return found
 
 
 def mean(values: Sequence[float]) -> float:
@@ -193,16 +190,15 @@ def points(share: float | None) -> str:
 
 
 def as_numbers(gains: Sequence[Gain]) -> dict[str, Any]:
-    """The same as data, for the JSON line of a benchmark."""
+    """The same as data, for the JSON line of a benchmark; None where a run was not asked."""
     return {
         "runs": [gain.run for gain in gains],
         "accuracy": {
-            title: [round(gain.asked[stage].value, 4) for gain in gains]
+            title: [round(gain.asked[stage].value, 4) if stage in gain.asked else None for gain in gains]
             for stage, title in TITLES.items()
-            if all(stage in gain.asked for gain in gains)
         },
         "difference": {
-            key: [{"points": round(100 * p.difference, 2), "p": p.p} for p in pairs]
+            key: [{"points": round(100 * p.difference, 2), "p": p.p} if p else None for p in pairs]
             for key, pairs in paired(gains).items()
         },
         "majority": [round(gain.asked[SFT].majority, 4) for gain in gains],

@@ -223,7 +223,8 @@ def main(config: Config) -> None:
             # Before the update: the step's completions are samples of the policy that is looked at.
             if world.main:
                 letters, attention = (
-                    due(step, every, num_steps) for every in (config.kl_every, config.attn_every)
+                    due(step, every, num_steps) or (step == 1 and every > 0)  # the start, to compare with
+                    for every in (config.kl_every, config.attn_every)
                 )
                 metrics |= telemetry.look(step, groups, letters=letters, attention=attention)
             clock.lap("telemetry")

@@ -7,7 +7,15 @@ from pathlib import Path
 import pytest
 
 from benchmarks.rl_gain import broken_bounds
-from nanochat.rl_gain import gain_table, load_gain, paired, seeds_table, standard_error, tasks_asked
+from nanochat.rl_gain import (
+    as_numbers,
+    gain_table,
+    load_gain,
+    paired,
+    seeds_table,
+    standard_error,
+    tasks_asked,
+)
 from nanochat.run_files import Files
 from nanochat.statistics import mcnemar
 
@@ -73,11 +81,21 @@ def test_seeds_have_a_mean_and_a_standard_error(tmp_path: Path) -> None:
     write_run(tmp_path / "a")
     write_run(tmp_path / "b", after="1111111100")
     gains = [load_gain(tmp_path / name, "SYNTHETIC") for name in "ab"]
-    assert [pair.difference for pair in paired(gains)["RL against SFT"]] == pytest.approx([0.3, 0.6])
+    assert [pair.difference for pair in paired(gains)["RL against SFT"] if pair] == pytest.approx([0.3, 0.6])
     assert standard_error([0.3, 0.6]) == pytest.approx(0.15) and standard_error([0.3]) is None
     text = seeds_table(gains)
     assert "| RL | 50.0 % | 80.0 % | 65.0 % | 15.0 |" in text
     assert "+45.0 | 15.0 |" in text
+
+
+def test_a_condition_that_one_seed_lacks_stays_in_the_table(tmp_path: Path) -> None:
+    write_run(tmp_path / "a")
+    write(tmp_path / "b", "chat_eval_sft", "1100000000")
+    write(tmp_path / "b", "chat_eval_rl", "1100000000")
+    gains = [load_gain(tmp_path / name, "SYNTHETIC") for name in "ab"]
+    text = seeds_table(gains)
+    assert "| RL from there | 40.0 % |  | 40.0 % |  |" in text
+    assert as_numbers(gains)["accuracy"]["RL from there"] == [0.4, None]
 
 
 def test_every_broken_bound_is_named(tmp_path: Path) -> None:
