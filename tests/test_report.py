@@ -110,6 +110,28 @@ def test_the_report_holds_every_part_and_its_figures(base: Path) -> None:
         assert png_size(Path("report_figures") / f"{figure}.png") > (300, 200)
 
 
+def outcomes(files: Files, correct: str) -> None:
+    rows = [{"index": i, "gold": "A", "predicted": "A", "correct": float(c)} for i, c in enumerate(correct)]
+    files.table("outcomes/AQUA", 0, rows)
+
+
+def test_the_report_says_whether_rl_helped_and_has_the_controls(base: Path) -> None:
+    write_run(base)
+    outcomes(write_stage(base, "chat_eval_sft", results={}), "11000")
+    outcomes(write_stage(base, "chat_eval_rl", results={}), "01110")
+    random = write_stage(base, "rl_random")
+    for step in range(3):
+        random.log(step, {"rl/acc": 0.2, "rl/mean_reward": 0.3})
+    random.finish({})
+    outcomes(write_stage(base, "control_random_reward", results={}), "10000")
+    assert report.main(["generate", "r1"]) == 0
+    text = Path("report.md").read_text()
+    assert "## Does RL help?\n\n### AQUA" in text
+    assert "- **RL** against SFT: +20.0 points; 2 gained, 1 lost, McNemar p = 1." in text
+    assert "- **control: rewards drawn by lot** against SFT: -20.0 points; 0 gained, 1 lost" in text
+    assert "## Control, rewards drawn by lot" in text and "](report_figures/rl_random.png)" in text
+
+
 def test_sections_have_nanochats_files_and_form(base: Path) -> None:
     write_run(base)
     report.main(["generate", "r1"])
