@@ -213,6 +213,8 @@ def _one_line_for_user_errors(
 ) -> None:
     if isinstance(error, UserError):
         print(f"error: {error}", file=sys.stderr)
+    elif isinstance(error, KeyboardInterrupt):
+        print("interrupted", file=sys.stderr)
     else:
         sys.__excepthook__(kind, error, trace)
 

@@ -113,10 +113,10 @@ def main(config: Config) -> None:
         "sequence_len": config.max_seq_len,
         "world": world,
     }
-    bpb = None
     with open_stage("base", config, world, tag=config.model_tag or f"d{config.depth}") as stage:
         tell(stage.tracker, notes)
         stage.restore(model, optimizer)
+        bpb = stage.remembered("val_bpb").get("val_bpb")
         state = stage.data_state or {}
         batches: Any = document_batches(texts, tokenizer, **shape, state=state.get("then", stage.data_state))
         if config.drill_iterations:
@@ -138,6 +138,7 @@ def main(config: Config) -> None:
             schedule=schedule,
             world=world,
             start=stage.start,
+            guard=stage.guard,
             max_grad_norm=config.max_grad_norm,
         ):
             stage.report(step, num_steps, model, config.max_seq_len)

@@ -70,12 +70,12 @@ def main(config: Config) -> None:
     }
     grad_accum = grad_accum_steps(config, sequence_len, world)
     optimizer = optimizer_for(model, config, world)
-    losses: dict[str, float] = {}
     with open_stage(
         "sft", config, world, tag=config.model_tag or find_tag(config.source), parent=parent
     ) as stage:
         tell(stage.tracker, notes)
         stage.restore(model, optimizer)
+        losses: dict[str, float] = stage.remembered("val/")
         batches = conversation_batches(mixture, tokenizer, seed=config.seed, state=stage.data_state, **shape)
         num_steps = supervised_steps(config, batches, grad_accum, world)
         schedule = partial(trapezoid, num_steps=num_steps, warmdown=config.warmdown_ratio)
@@ -89,6 +89,7 @@ def main(config: Config) -> None:
             schedule=schedule,
             world=world,
             start=stage.start,
+            guard=stage.guard,
             max_grad_norm=config.max_grad_norm,
         ):
             stage.report(step, num_steps, model, sequence_len)

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 LAYERS = [
-    "common config schedule",
+    "common config schedule interruption locks",
     "tokenizer tokenizer_files conversation dataset shards tracking provenance run_files calculator statistics metrics",
     "architecture gpt head optim updates execution cloud",
     "checkpoint_manager checkpoints legacy dataloader packing engine decoder rows kv_cache sampling",
