@@ -26,6 +26,7 @@ from typing import Any, Protocol
 import torch
 
 from nanochat import checkpoint_manager, checkpoints
+from nanochat.checkpoint_manager import PendingSave
 from nanochat.checkpoints import Checkpoint
 from nanochat.common import UserError, World, print0
 from nanochat.config import ConversationConfig, StageConfig, TrainConfig
@@ -113,6 +114,7 @@ class Stage:
         self.requests = StopRequests()
         self._began = time.perf_counter()
         self._stopping = self._last = False
+        self._pending: PendingSave | None = None
 
     def remembered(self, prefix: str) -> dict[str, Any]:
         """What the checkpoint holds of the last evaluation, for a run that ends before the next."""
@@ -167,6 +169,8 @@ class Stage:
 
     def saves_at(self, index: int, *, last: bool) -> bool:
         """Whether a checkpoint is due after step `index`: every so many, at the last, and when the run is to stop."""
+        if self._pending and not self.world.any(not self._pending.writing.done):
+            self.settle(index)
         self._last = last
         self._stopping = self.world.any(bool(self.requests.received))
         every = self.config.save_every
@@ -183,12 +187,14 @@ class Stage:
         **meta: Any,
     ) -> None:
         """Save a checkpoint that the same command goes on from; every rank calls. Raises Stopped when that was asked for."""
+        self.settle(index)
         began = time.perf_counter()
         merged = None if data_state is None else merge_states(self.world.gather(data_state))
         improved = best_value is not None and (self.best is None or best_value > self.best)
         self.best = best_value if improved else self.best
         self.tracker.sync()
-        checkpoint = checkpoint_manager.save(
+        ends = self._stopping or self._last
+        self._pending = checkpoint_manager.begin_save(
             self.source,
             self.tag,
             index,
@@ -197,6 +203,7 @@ class Stage:
             world=self.world,
             keep_last=self.config.keep_last,
             best=improved,
+            background=self.world.device.type == "cuda" and not ends,
             meta={
                 **meta,
                 "user_config": dataclasses.asdict(self.config),
@@ -206,14 +213,23 @@ class Stage:
                 "guard": self.guard.state(),
             },
         )
-        seconds = time.perf_counter() - began
-        self.tracker.log(index, {"time/save_seconds": seconds})
-        print0(f"saved {checkpoint} in {seconds:.1f} s")
+        if self._pending.writing.done:
+            self.settle(index)
+        self.tracker.log(index, {"time/save_seconds": time.perf_counter() - began})
         if self._stopping and not self._last:
             asked = self.requests.received or "a signal to another rank"
             told = f"stopped by {asked} after step {index}, which is saved; the same command goes on"
             print0(told)
             raise Stopped(told)
+
+    def settle(self, index: int) -> None:
+        """Put a checkpoint that was written in the background in its place; every rank calls."""
+        pending, self._pending = self._pending, None
+        if pending is None:
+            return
+        checkpoint = pending.finish()
+        self.tracker.log(index, {"time/save_write_seconds": pending.writing.seconds})
+        print0(f"saved {checkpoint} in {pending.writing.seconds:.1f} s")
 
 
 @contextmanager
@@ -256,7 +272,12 @@ def _opened(
     with open_run(record, config, world, resume_step=resume_step) as tracker:
         stage = Stage(source, config, world, tracker, tag=tag, made_by=made_by, resumed=resumed)
         with stage.requests:
-            yield stage
+            try:
+                yield stage
+            except Exception:
+                if world.size == 1:  # with others, they may be what failed, and would be waited for
+                    stage.settle(tracker.files.step if tracker.files else 0)
+                raise
 
 
 def _own_checkpoint(source: str, tag: str, made_by: str, resume: bool, world: World) -> Checkpoint | None:
