@@ -174,7 +174,7 @@ need base_train after=tok_train ranks scripts.base_train "${common[@]}" "${rates
   --max_seq_len="$SEQUENCE_LEN" --num_iterations="$BASE_STEPS" \
   --total_batch_size="$BASE_BATCH_TOKENS" --device_batch_size="$BASE_DEVICE_BATCH_SIZE" \
   --synthetic_share="$SYNTHETIC_SHARE" --drill_iterations="$DRILL_ITERATIONS" --isolate="$ISOLATE" \
-  --eval_every="$EVAL_EVERY" --eval_tokens="$EVAL_TOKENS" ${more[@]+"${more[@]}"}
+  --save_every="$SAVE_EVERY" --eval_every="$EVAL_EVERY" --eval_tokens="$EVAL_TOKENS" ${more[@]+"${more[@]}"}
 need base_loss after=base_train ranks scripts.base_loss "${common[@]}" \
   --device_batch_size="$BASE_DEVICE_BATCH_SIZE" --split_tokens="$EVAL_TOKENS"
 need base_eval after=base_train ranks scripts.base_eval "${common[@]}" --max_per_task="$CORE_EXAMPLES"
@@ -190,7 +190,7 @@ extra "$EXTRA_MID_TRAIN"
 need mid_train after=base_train ranks scripts.mid_train "${common[@]}" "${rates[@]}" --num_iterations="$MID_ITERATIONS" \
   --total_batch_size="$MID_BATCH_TOKENS" --device_batch_size="$MID_DEVICE_BATCH_SIZE" \
   --synthetic_examples="$SYNTHETIC_EXAMPLES" --other_examples="$OTHER_EXAMPLES" \
-  --eval_every="$EVAL_EVERY" --eval_tokens="$EVAL_TOKENS" ${more[@]+"${more[@]}"}
+  --save_every="$SAVE_EVERY" --eval_every="$EVAL_EVERY" --eval_tokens="$EVAL_TOKENS" ${more[@]+"${more[@]}"}
 evaluate mid after=mid_train
 
 extra "$EXTRA_CHAT_SFT"
@@ -198,7 +198,7 @@ need chat_sft after=mid_train ranks scripts.chat_sft "${common[@]}" "${rates[@]}
   --total_batch_size="$SFT_BATCH_TOKENS" --device_batch_size="$SFT_DEVICE_BATCH_SIZE" \
   --aqua_train_examples="$AQUA_TRAIN_EXAMPLES" --aqua_val_examples="$AQUA_VAL_EXAMPLES" \
   --synthetic_examples="$SYNTHETIC_EXAMPLES" --other_examples="$OTHER_EXAMPLES" \
-  --eval_every="$EVAL_EVERY" ${more[@]+"${more[@]}"}
+  --save_every="$SAVE_EVERY" --eval_every="$EVAL_EVERY" ${more[@]+"${more[@]}"}
 evaluate sft after=chat_sft
 
 reinforce() { # reinforce NAME flags...
