@@ -87,7 +87,7 @@ def main(config: Config) -> None:
     from nanochat.stage import grad_accum_steps, open_stage, optimizer_for, tell, text_bpb
     from nanochat.tokenizer import load_tokenizer
     from nanochat.train import next_token_loss, train_steps
-    from tasks.catalog import pretraining_texts
+    from tasks.catalog import left_out, pretraining_texts
     from tasks.prose import Drill
 
     world = compute_init(config.device_type, config.dtype, config.seed)
@@ -150,6 +150,8 @@ def main(config: Config) -> None:
                 stage.save(
                     step.index, model, optimizer, data_state=batches.state(), best_value=best, val_bpb=bpb
                 )
+        missing = sorted({line for lines in world.gather(left_out(texts)) for line in lines})
+        tell(stage.tracker, [("skipped", f"base: {line}") for line in missing])
         stage.tracker.finish(
             {
                 "parameters": model.num_params(),

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import wandb_file
+from test_untrusted import SECRETS, leaks
 
 from nanochat.metrics import describe
 from nanochat.run_files import read_json, read_metrics
@@ -373,7 +374,7 @@ def kept_report() -> Iterator[None]:
 @pytest.mark.slow
 @pytest.mark.usefixtures("kept_report")
 def test_every_stage_runs_through_the_real_driver_and_a_second_run_skips_them_all(tmp_path: Path) -> None:
-    env = environment(tmp_path, RUN="e2e", WANDB_MODE="offline", NO_INSTALL="1", NPROC="2")
+    env = environment(tmp_path, RUN="e2e", WANDB_MODE="offline", NO_INSTALL="1", NPROC="2", **SECRETS)
     first = bash("bash run_aquarat_lite.sh", env, timeout=1500)
     assert first.returncode == 0, first.stdout[-3000:] + first.stderr[-3000:]
     base = tmp_path / "base"
@@ -399,3 +400,9 @@ def test_every_stage_runs_through_the_real_driver_and_a_second_run_skips_them_al
     assert logged["rl"] - {"step", "time"} <= sent, "every metric is in W&B's file, too"
     second = bash("bash run_aquarat_lite.sh", env, timeout=120)
     assert second.returncode == 0 and second.stdout.count("finished earlier") == len(STAGES) - 1
+    assert leaks((first.stdout + first.stderr).encode()) == []
+    assert [
+        (path, leaks(path.read_bytes()))
+        for path in base.rglob("*")
+        if path.is_file() and leaks(path.read_bytes())
+    ] == []
