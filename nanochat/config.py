@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import errno
 import os
 import sys
 import types
@@ -216,6 +217,11 @@ def _one_line_for_user_errors(
         print(f"error: {error}", file=sys.stderr)
     elif isinstance(error, KeyboardInterrupt):
         print("interrupted", file=sys.stderr)
+    elif isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        print(
+            f"error: the disk is full: {error.filename or error}; free some space and run the same command again",
+            file=sys.stderr,
+        )
     elif lost := _lost_rank(error):
         print(f"error: {lost}", file=sys.stderr)
     else:
