@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import time
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -61,7 +62,7 @@ def train(world: World, base: str, *, cut: int = 0, poison: int = 0, stop: int =
             if step.index == stop and world.rank == world.size - 1:
                 os.kill(os.getpid(), signal.SIGTERM)
                 while not stage.requests.received:
-                    pass
+                    time.sleep(0.01)
             if stage.saves(step):
                 stage.save(
                     step.index,
@@ -103,22 +104,37 @@ def same(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> bool:
     return list(ours) == list(theirs) and all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
+@pytest.fixture(scope="module")
+def uncut(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Tensor]]:
+    """A run that nobody disturbed: its base dir, and what it ended with."""
+    folder = tmp_path_factory.mktemp("uncut")
+    return folder, train(single(), str(folder))
+
+
 @pytest.mark.parametrize("cut", range(1, STEPS + 1))
-def test_a_run_cut_after_any_step_ends_as_an_uncut_one_bit_for_bit(cut: int, tmp_path: Path) -> None:
-    uncut = train(single(), str(tmp_path / "uncut"))
-    assert same(cut_then_go_on(single(), str(tmp_path / "cut"), cut), uncut)
-    assert learnt(tmp_path / "cut") == learnt(tmp_path / "uncut")
-    assert [row["step"] for row in learnt(tmp_path / "cut")] == list(range(1, STEPS + 1))
-    best = [(tmp_path / name / "base_checkpoints" / "t" / "best").read_text() for name in ("uncut", "cut")]
+def test_a_run_cut_after_any_step_ends_as_an_uncut_one_bit_for_bit(
+    cut: int, uncut: tuple[Path, dict[str, Tensor]], tmp_path: Path
+) -> None:
+    folder, expected = uncut
+    assert same(cut_then_go_on(single(), str(tmp_path), cut), expected)
+    assert learnt(tmp_path) == learnt(folder)
+    assert [row["step"] for row in learnt(tmp_path)] == list(range(1, STEPS + 1))
+    best = [(base / "base_checkpoints" / "t" / "best").read_text() for base in (folder, tmp_path)]
     assert best[0] == best[1]
 
 
-@pytest.mark.parametrize(("cut", "stop"), [(2, 0), (0, 3)])
-def test_on_two_ranks_as_well_cut_or_one_of_them_asked_to_stop(cut: int, stop: int, tmp_path: Path) -> None:
-    uncut = run_ranks(train, 2, str(tmp_path / "uncut"))
-    again = run_ranks(cut_then_go_on, 2, str(tmp_path / "cut"), cut, stop)
-    assert all(same(ours, theirs) for ours, theirs in zip(again, uncut, strict=True))
-    assert learnt(tmp_path / "cut") == learnt(tmp_path / "uncut")
+def disturbed(world: World, base: str) -> dict[str, dict[str, Tensor]]:
+    return {
+        "uncut": train(world, f"{base}/uncut"),
+        "cut": cut_then_go_on(world, f"{base}/cut", 2),
+        "stopped": cut_then_go_on(world, f"{base}/stopped", 0, stop=3),
+    }
+
+
+def test_on_two_ranks_as_well_cut_or_one_of_them_asked_to_stop(tmp_path: Path) -> None:
+    for ends in run_ranks(disturbed, 2, str(tmp_path)):
+        assert same(ends["cut"], ends["uncut"]) and same(ends["stopped"], ends["uncut"])
+    assert learnt(tmp_path / "cut") == learnt(tmp_path / "stopped") == learnt(tmp_path / "uncut")
 
 
 def test_steps_that_were_skipped_are_still_counted_after_a_cut(tmp_path: Path) -> None:
