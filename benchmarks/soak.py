@@ -29,6 +29,37 @@ MOST_GROWTH = 0.02
 WARM_UP = 0.4
 
 
+def untrained(base: Path) -> None:
+    """A tokenizer and an SFT checkpoint of random weights in `base`: what is lost by a step does not depend on them."""
+    words = ["benchmarks.soak"]
+    base.mkdir()
+    with running(words, base) as process:
+        if process.wait(300):
+            raise UserError(f"no checkpoint to start from:\n{(base / 'soak.log').read_text()[-2000:]}")
+
+
+def _untrained() -> None:
+    import torch
+
+    from nanochat.checkpoint_manager import save
+    from nanochat.common import World, base_dir
+    from nanochat.gpt import GPT, GPTConfig
+    from nanochat.tokenizer import Tokenizer, split_pattern
+    from tasks.prose import drill_document, pretraining_document
+
+    texts = [make(number, 0) for make in (pretraining_document, drill_document) for number in range(1000)]
+    tokenizer = Tokenizer.train(iter(texts), 400, pattern=split_pattern(1))
+    tokenizer.save(base_dir() / "tokenizer")
+    shape: dict[str, Any] = {
+        "vocab_size": tokenizer.vocab_size,
+        "sequence_len": 256,
+        "n_embd": 64,
+        "n_head": 2,
+    }
+    world = World(0, 0, 1, torch.device("cpu"), torch.float32)
+    save("sft", "d2", 1, model=GPT(GPTConfig.for_depth(2, **shape)), meta={}, world=world)
+
+
 def soak_rl(base: Path, num_steps: int) -> dict[str, Any]:
     """RL from the SFT checkpoint in `base` for `num_steps` steps, looking, saving and logging all the while."""
     words = [
@@ -137,3 +168,7 @@ def _post(url: str, body: dict[str, Any]) -> None:
     request = urllib.request.Request(url, json.dumps(body).encode(), {"Content-Type": "application/json"})
     with urllib.request.urlopen(request, timeout=60) as reply:
         reply.read()
+
+
+if __name__ == "__main__":
+    _untrained()

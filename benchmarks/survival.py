@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from benchmarks import processes
-from benchmarks.soak import soak_chat, soak_rl
+from benchmarks.soak import soak_chat, soak_rl, untrained
 from nanochat.common import UserError
 from nanochat.config import cli
 
@@ -76,16 +76,18 @@ def main(config: Config) -> None:
         raise UserError(f"this benchmark reads /proc, which {sys.platform} has not; run it on Linux")
     well = True
     with tempfile.TemporaryDirectory(prefix="nanochat-survival-") as folder:
-        uncut = Path(folder) / "uncut"
-        began = time.monotonic()
-        drive_to_the_end(uncut, config)
-        print(f"undisturbed: {time.monotonic() - began:.0f} s", flush=True)
         if config.only != "soak":
+            uncut = Path(folder) / "uncut"
+            began = time.monotonic()
+            drive_to_the_end(uncut, config)
+            print(f"undisturbed: {time.monotonic() - began:.0f} s", flush=True)
             result = survive(uncut, Path(folder), config)
             print(json.dumps({"benchmark": "survival", **result}), flush=True)
             well = not result["differences"]
         if config.only != "kills":
-            for result in (soak_rl(uncut, config.steps), soak_chat(uncut, config.requests)):
+            base = Path(folder) / "soak"
+            untrained(base)
+            for result in (soak_rl(base, config.steps), soak_chat(base, config.requests)):
                 print(json.dumps({"benchmark": "soak", **result}), flush=True)
                 well = well and result["flat"] is not False
     if not well:
