@@ -10,19 +10,16 @@ one optimizer file) are read as they are. Nothing is unpickled but tensors: torc
 from __future__ import annotations
 
 import dataclasses
-import errno
-import hashlib
 import json
 import os
-import shutil
-from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
-from torch import Tensor
 
 from nanochat import legacy
+from nanochat.checkpoint_writer import UNFINISHED, Writing
 from nanochat.checkpoints import (
     STAGES,
     Checkpoint,
@@ -41,7 +38,9 @@ from nanochat.tokenizer import Tokenizer, load_tokenizer
 __all__ = [
     "STAGES",
     "Checkpoint",
+    "PendingSave",
     "RefusedCheckpoint",
+    "begin_save",
     "best_step",
     "checkpoint_folder",
     "checkpoints",
@@ -53,66 +52,40 @@ __all__ = [
     "save",
 ]
 
-UNFINISHED = ".unfinished"
+
+@dataclass(frozen=True, slots=True)
+class PendingSave:
+    """A checkpoint that is being written; it counts once `finish` has put its files in place."""
+
+    source: str
+    checkpoint: Checkpoint
+    writing: Writing
+    meta: dict[str, Any]
+    world: World
+    keep_last: int | None
+    best: bool
+
+    def finish(self) -> Checkpoint:
+        """Wait for the files of all ranks, name them, write the meta file; every rank calls. Raises UserError."""
+        outcomes = self.world.gather(self.writing.wait())
+        if problems := [problem for _, problem in outcomes if problem]:
+            for path in self.writing.paths:
+                path.with_name(path.name + UNFINISHED).unlink(missing_ok=True)
+            raise UserError(
+                f"checkpoint {self.checkpoint} was not saved, those before it are whole: {problems[0]}"
+            )
+        files = {name: entry for entries, _ in outcomes for name, entry in entries.items()}
+        _put_in_place(self.checkpoint, self.writing.paths, self.meta | {"files": files}, self.world)
+        if self.world.main:
+            folder = self.checkpoint.folder
+            if self.best:
+                write_atomic(folder / "best", f"{self.checkpoint.step}\n")
+            _tidy(folder, self.keep_last, best_step(self.source, folder.name))
+        self.world.barrier()
+        return self.checkpoint
 
 
-class _HashingFile:
-    """A file that hashes what is written to it, so that nothing needs reading again."""
-
-    def __init__(self, file: BinaryIO) -> None:
-        self.file, self.digest, self.num_bytes = file, hashlib.sha256(), 0
-
-    def write(self, data: Any) -> int:
-        self.digest.update(data)
-        self.num_bytes += memoryview(data).nbytes
-        return self.file.write(data)
-
-    def flush(self) -> None:
-        self.file.flush()
-
-
-def _tensors(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, dict):
-        for inner in value.values():
-            yield from _tensors(inner)
-
-
-def _on_cpu(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _on_cpu(inner) for key, inner in value.items()}
-    return value.detach().cpu() if isinstance(value, Tensor) else value
-
-
-def _write(path: Path, state: dict[str, Any]) -> dict[str, Any]:
-    """Write `state` beside `path`, and onto the disk; return its entry for the meta file."""
-    with path.with_name(path.name + UNFINISHED).open("wb") as file:
-        hashing = _HashingFile(file)
-        torch.save(_on_cpu(state), hashing)  # type: ignore[arg-type]
-        file.flush()
-        os.fsync(file.fileno())
-    return {"bytes": hashing.num_bytes, "sha256": hashing.digest.hexdigest()}
-
-
-def _write_all(states: dict[Path, dict[str, Any]], folder: Path) -> tuple[dict[str, Any], str]:
-    """Write every state; return the entries for the meta file, and what went wrong or ""."""
-    needed = sum(tensor.nbytes for state in states.values() for tensor in _tensors(state))
-    free = shutil.disk_usage(folder).free
-    full = f"the disk is full: {folder} has {free / 1e6:,.1f} MB free, this needs {needed / 1e6:,.1f} MB"
-    if free < needed:
-        return {}, full
-    try:
-        return {path.name: _write(path, state) for path, state in states.items()}, ""
-    except OSError as error:
-        return {}, full if error.errno in (errno.ENOSPC, errno.EDQUOT) else str(error)
-    except RuntimeError as error:  # torch's writer wraps what the file raised
-        cause = error.__context__
-        no_space = isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT)
-        return {}, full if no_space else str(error)
-
-
-def save(
+def begin_save(
     source: str,
     tag: str,
     step: int,
@@ -123,8 +96,12 @@ def save(
     optimizer: MuonAdamW | None = None,
     keep_last: int | None = None,
     best: bool = False,
-) -> Checkpoint:
-    """Save a checkpoint; every rank calls. keep_last: delete older ones but for so many and the best."""
+    background: bool = False,
+) -> PendingSave:
+    """Begin to save a checkpoint; every rank calls. keep_last: delete older ones but for so many and the best.
+
+    With `background` the weights may be trained on meanwhile; without it the files are written when this returns.
+    """
     folder = checkpoint_folder(source, tag)
     folder.mkdir(parents=True, exist_ok=True)
     checkpoint = Checkpoint(folder, step)
@@ -135,19 +112,13 @@ def save(
         states[checkpoint.model_path] = model.state_dict()
     if optimizer is not None:
         states[checkpoint.optimizer_path(world.rank)] = optimizer.state_dict()
-    outcomes = world.gather(_write_all(states, folder))
-    if problems := [problem for _, problem in outcomes if problem]:
-        for path in states:
-            path.with_name(path.name + UNFINISHED).unlink(missing_ok=True)
-        raise UserError(f"checkpoint {checkpoint} was not saved, those before it are whole: {problems[0]}")
-    files = {name: entry for entries, _ in outcomes for name, entry in entries.items()}
-    _put_in_place(checkpoint, list(states), meta | {"files": files}, world)
-    if world.main:
-        if best:
-            write_atomic(folder / "best", f"{step}\n")
-        _tidy(folder, keep_last, best_step(source, tag))
-    world.barrier()
-    return checkpoint
+    writing = Writing(states, folder, background=background)
+    return PendingSave(source, checkpoint, writing, meta, world, keep_last, best)
+
+
+def save(source: str, tag: str, step: int, **what: Any) -> Checkpoint:
+    """Save a checkpoint and wait until it is whole; arguments as of begin_save."""
+    return begin_save(source, tag, step, **what).finish()
 
 
 def _put_in_place(checkpoint: Checkpoint, paths: list[Path], meta: dict[str, Any], world: World) -> None:

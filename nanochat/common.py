@@ -17,7 +17,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
     import torch
@@ -38,6 +38,8 @@ class World:
     size: int
     device: torch.device
     dtype: torch.dtype
+    host_group: Any = None
+    """The process group for what ranks tell each other about themselves, where the usual one needs the GPU."""
 
     @property
     def main(self) -> bool:
@@ -62,6 +64,17 @@ class World:
         dist.all_gather_object(values, value)
         return values
 
+    def any(self, said: bool) -> bool:
+        """Whether any rank says so, found out on the host: a GPU goes on computing meanwhile."""
+        if self.size == 1:
+            return said
+        import torch
+        import torch.distributed as dist
+
+        votes = torch.tensor([int(said)])
+        dist.all_reduce(votes, group=self.host_group)
+        return bool(votes.item())
+
     def barrier(self) -> None:
         """Wait until every rank is here."""
         if self.size > 1:
@@ -79,6 +92,9 @@ def compute_init(device_type: str = "", dtype: str = "", seed: int = 42) -> Worl
     """
     import torch
 
+    from nanochat.interruption import stop_with_parent
+
+    stop_with_parent()
     device = _choose_device(device_type)
     torch.manual_seed(seed)
     rank, local_rank, size = (
@@ -88,6 +104,7 @@ def compute_init(device_type: str = "", dtype: str = "", seed: int = 42) -> Worl
         torch.set_float32_matmul_precision("high")
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
+    host_group = None
     if size > 1:
         import torch.distributed as dist
 
@@ -95,7 +112,8 @@ def compute_init(device_type: str = "", dtype: str = "", seed: int = 42) -> Worl
         # A dead rank must end the job, not hang it: one minute for a collective, generous only where GPUs compile.
         timeout = timedelta(minutes=10 if device.type == "cuda" else 5)
         dist.init_process_group(backend, timeout=timeout, device_id=device if backend == "nccl" else None)
-    world = World(rank, local_rank, size, device, _choose_dtype(dtype, device))
+        host_group = dist.new_group(backend="gloo", timeout=timeout) if backend == "nccl" else None
+    world = World(rank, local_rank, size, device, _choose_dtype(dtype, device), host_group)
     print0(
         f"device {_describe(device)} · {size} rank{'s' * (size > 1)} · {str(world.dtype).removeprefix('torch.')}"
     )

@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import errno
+import os
 import sys
 import types
 import typing
@@ -213,8 +215,26 @@ def _one_line_for_user_errors(
 ) -> None:
     if isinstance(error, UserError):
         print(f"error: {error}", file=sys.stderr)
+    elif isinstance(error, KeyboardInterrupt):
+        print("interrupted", file=sys.stderr)
+    elif isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        print(
+            f"error: the disk is full: {error.filename or error}; free some space and run the same command again",
+            file=sys.stderr,
+        )
+    elif lost := _lost_rank(error):
+        print(f"error: {lost}", file=sys.stderr)
     else:
         sys.__excepthook__(kind, error, trace)
+
+
+def _lost_rank(error: BaseException) -> str:
+    """A line where another rank is gone, and this one's traceback says nothing about why; '' for any other error."""
+    gone = ("Connection reset by peer", "Connection closed by peer", "Broken pipe", "remote process exited")
+    rank, text = os.environ.get("RANK"), str(error)
+    if rank is None or not isinstance(error, RuntimeError) or not any(words in text for words in gone):
+        return ""
+    return f"rank {rank} has lost another rank: why that one ended, torchrun says as root cause; run the same command again"
 
 
 def _refuse(message: str) -> NoReturn:

@@ -118,10 +118,16 @@ def _answers(host: str, port: int, seconds: float) -> bool:
 # ---- one file ------------------------------------------------------------------------------------------------------
 
 
+def shown(url: str) -> str:
+    """An address for a message: without the user, password and query, which may be what opens it."""
+    parts = urlsplit(url)
+    return parts._replace(netloc=parts.netloc.rpartition("@")[2], query="", fragment="").geturl()
+
+
 def fetch_bytes(url: str, *, patience: Patience = Patience(attempts=3)) -> bytes:
     """The body at `url`, whole. Raises UserError, in seconds where there is no network."""
     if not reachable(url):
-        raise UserError(f"{url}: nobody answers there; check the network, or bring the file yourself")
+        raise UserError(f"{shown(url)}: nobody answers there; check the network, or bring the file yourself")
     buffer = io.BytesIO()
     _persist(lambda: _receive(url, buffer, patience), url, patience)
     return buffer.getvalue()
@@ -160,7 +166,9 @@ def _persist(attempt: Callable[[], None], url: str, patience: Patience) -> None:
             return attempt()
         except _TryAgain as error:
             if number == patience.attempts:
-                raise UserError(f"{url}: {error}, {number} times; run the same command again later") from None
+                raise UserError(
+                    f"{shown(url)}: {error}, {number} times; run the same command again later"
+                ) from None
             time.sleep(patience.wait_seconds(number, error.retry_after))
 
 
@@ -184,7 +192,7 @@ def _receive(url: str, file: IO[bytes], patience: Patience) -> None:
         requests.exceptions.InvalidSchema,
         requests.exceptions.MissingSchema,
     ):
-        raise UserError(f"{url} is not an address; correct NANOCHAT_BASE_URL or --base_url") from None
+        raise UserError(f"{shown(url)} is not an address; correct NANOCHAT_BASE_URL or --base_url") from None
     except requests.RequestException as error:
         raise _TryAgain(f"the connection failed ({type(error).__name__})") from None
     if said is not None and said.isdigit() and file.tell() != int(said):
@@ -196,7 +204,7 @@ def _refuse_status(url: str, status: int, retry_after: str | None) -> None:
         raise _TryAgain(f"the server answers {status}", retry_after)
     if status != 200:
         raise UserError(
-            f"{url}: the server answers {status}; check the address (NANOCHAT_BASE_URL, --base_url)"
+            f"{shown(url)}: the server answers {status}; check the address (NANOCHAT_BASE_URL, --base_url)"
         )
 
 
@@ -240,7 +248,7 @@ def download(
     print0(f"{len(names) - len(missing)} of {len(names)} shards are in {folder}; {len(missing)} to fetch")
     if missing and not reachable(base_url):
         raise UserError(
-            f"{base_url}: nobody answers there; check the network, or set NANOCHAT_DATA_DIR to local data"
+            f"{shown(base_url)}: nobody answers there; check the network, or set NANOCHAT_DATA_DIR to local data"
         )
     failed = []
     with ThreadPoolExecutor(max_workers=num_workers) as pool:

@@ -34,7 +34,7 @@ from torch.utils.checkpoint import checkpoint
 
 from nanochat.common import UserError, World
 from nanochat.shared_prefix import RLBatch, microbatches
-from nanochat.train import optimizer_step
+from nanochat.train import NonFiniteGuard, optimizer_step
 
 if TYPE_CHECKING:
     from nanochat.gpt import GPT
@@ -229,11 +229,13 @@ def update_policy(
     reference: GPT | None = None,
     shared_prefix: bool = True,
     want_update_norm: bool = False,
+    guard: NonFiniteGuard | None = None,
+    step: int = 0,
 ) -> dict[str, float]:
     """All updates of one rollout, and what they did; a collective. Without a live group on any rank nothing moves.
 
     `groups` with their advantages filled in, this rank's share. Of several updates, sampler against trainer is the
-    first's (later ones are meant to differ), everything else the last's.
+    first's (later ones are meant to differ), everything else the last's. `guard` is told of every update of `step`.
     """
     normalizer = loss_normalizer(groups, objective, world)
     batches = microbatches(
@@ -259,6 +261,8 @@ def update_policy(
             max_grad_norm=max_grad_norm,
             want_update_norm=want_update_norm,
         )
+        if guard is not None:
+            guard.note(step, result, batches, last=True)
         parity = {name: value for name, value in metrics.items() if update and "logp_diff" in name}
         metrics = meter.metrics(world) | parity
         metrics |= {"train/loss": result.loss, "train/grad_norm": result.grad_norm}

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shutil
 import time
 from collections.abc import Mapping, Sequence
@@ -115,6 +116,7 @@ class Files:
                 _drop_from(path, resume_step)
         (directory / "summary.json").unlink(missing_ok=True)
         directory.mkdir(parents=True, exist_ok=True)
+        self.notes = {(row["kind"], row["text"]) for row in read_lines(directory / "notes.jsonl")}
         kept = read_lines(directory / "metrics.jsonl")
         self.seconds_before = float(kept[-1]["time"]) if kept else 0.0
         self.began = time.monotonic()
@@ -136,12 +138,21 @@ class Files:
             self.row = {}
         self.row.update({name: _jsonable(value) for name, value in metrics.items()})
         line = {"step": step, "time": round(self.seconds, 3), **self.row}
+        data = (json.dumps(line, allow_nan=False) + "\n").encode()
+        handle = os.open(self.directory / "metrics.jsonl", os.O_WRONLY | os.O_CREAT, 0o644)
+        try:
+            if step > self.step:
+                self.step, self.line_start = step, os.lseek(handle, 0, os.SEEK_END)
+            # Over the old line, and cut only then: a kill between the two leaves the line, never a gap.
+            os.pwrite(handle, data, self.line_start)
+            os.truncate(handle, self.line_start + len(data))
+        finally:
+            os.close(handle)
+
+    def sync(self) -> None:
+        """Put the metrics onto the disk, before a checkpoint says that their steps are done."""
         with (self.directory / "metrics.jsonl").open("ab") as file:
-            if step == self.step:
-                file.truncate(self.line_start)
-            else:
-                self.step, self.line_start = step, file.tell()
-            file.write((json.dumps(line, allow_nan=False) + "\n").encode())
+            os.fsync(file.fileno())
 
     def table(self, name: str, step: int, rows: Sequence[Row]) -> None:
         """Append `rows` to tables/<name>.jsonl."""
@@ -155,7 +166,10 @@ class Files:
         return self.directory / path
 
     def note(self, kind: str, text: str) -> None:
-        """Append to notes.jsonl."""
+        """Append to notes.jsonl; what a resumed stage says again stands once."""
+        if (kind, text) in self.notes:
+            return
+        self.notes.add((kind, text))
         _append(self.directory / "notes.jsonl", [{"kind": kind, "text": text}])
 
     def finish(self, results: Row) -> None:

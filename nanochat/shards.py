@@ -15,7 +15,7 @@ import bisect
 import hashlib
 import itertools
 from collections import Counter, OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -122,7 +122,8 @@ def _fingerprint(path: Path) -> str:
 class ShardTexts:
     """The documents of some shards by number, with the last row groups kept in memory."""
 
-    def __init__(self, shards: Sequence[Shard]) -> None:
+    def __init__(self, shards: Sequence[Shard], left_out: Mapping[str, str] | None = None) -> None:
+        self._left_out = dict(left_out or {})
         self._places = [(shard, group) for shard in shards for group in range(len(shard.row_groups))]
         self._ends = list(itertools.accumulate(shard.row_groups[group] for shard, group in self._places))
         self._cache: OrderedDict[int, list[str]] = OrderedDict()
@@ -137,6 +138,11 @@ class ShardTexts:
             raise IndexError(number)
         place = bisect.bisect_right(self._ends, number)
         return self._row_group(place)[number - self._ends[place]]  # counted from the end of the group
+
+    def told(self) -> list[str]:
+        """What was left out so far, for the report: whole files, and documents inside of others."""
+        files = [f"{name}: {why}" for name, why in self._left_out.items()]
+        return files + [f"{count:,} documents of {where}" for where, count in self.skipped.items() if count]
 
     def _row_group(self, place: int) -> list[str]:
         if place in self._cache:
@@ -184,7 +190,8 @@ class ShardTexts:
 
 def open_texts(split: str, directory: Path | None = None) -> ShardTexts:
     """The documents of `split` ("train" or "val") by number."""
-    return ShardTexts(open_shards(directory).of(split))
+    shards = open_shards(directory)
+    return ShardTexts(shards.of(split), shards.skipped)
 
 
 def texts(split: str, *, start: int = 0, step: int = 1, directory: Path | None = None) -> Iterator[str]:

@@ -18,7 +18,7 @@ import hashlib
 import json
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from datetime import datetime
 from itertools import islice
 from typing import Any, Protocol
@@ -26,6 +26,7 @@ from typing import Any, Protocol
 import torch
 
 from nanochat import checkpoint_manager, checkpoints
+from nanochat.checkpoint_manager import PendingSave
 from nanochat.checkpoints import Checkpoint
 from nanochat.common import UserError, World, print0
 from nanochat.config import ConversationConfig, StageConfig, TrainConfig
@@ -33,10 +34,12 @@ from nanochat.dataloader import ConversationBatches, conversation_batches, docum
 from nanochat.dataset import open_texts
 from nanochat.evaluate import bits_per_byte
 from nanochat.gpt import GPT
+from nanochat.interruption import Stopped, StopRequests
+from nanochat.locks import exclusive
 from nanochat.optim import MuonAdamW, make_optimizer
 from nanochat.tokenizer import Tokenizer
-from nanochat.tracking import Tracker, open_run
-from nanochat.train import Step, next_token_loss, peak_flops
+from nanochat.tracking import Tracker, open_run, run_dir
+from nanochat.train import NonFiniteGuard, Step, next_token_loss, peak_flops
 
 # Flags that change what is seen of a run, or how it is cut up, but not what it learns.
 OPERATIONAL = {
@@ -106,7 +109,16 @@ class Stage:
         """where the data loader stood, for its `state` argument"""
         self.best: float | None = self._meta.get("best_value")
         """the best validation so far"""
+        self.guard = NonFiniteGuard(folder=run_dir(config.run), **self._meta.get("guard", {}))
+        """counts steps that were not finite, and ends the run after three in a row"""
+        self.requests = StopRequests()
         self._began = time.perf_counter()
+        self._stopping = self._last = False
+        self._pending: PendingSave | None = None
+
+    def remembered(self, prefix: str) -> dict[str, Any]:
+        """What the checkpoint holds of the last evaluation, for a run that ends before the next."""
+        return {name: value for name, value in self._meta.items() if name.startswith(prefix)}
 
     def restore(self, model: GPT, optimizer: MuonAdamW | None) -> None:
         """Give model and optimizer the state that they had at `start`; nothing at the first step."""
@@ -152,8 +164,17 @@ class Stage:
         print0(f"{self.source} {index:5,} · " + " · ".join(f"{k} {v:.4f}" for k, v in shown.items()))
 
     def saves(self, step: Step) -> bool:
-        """Whether a checkpoint is due: the last step always."""
-        return step.last or step.due(self.config.save_every)
+        """Whether a checkpoint is due; every rank calls, after every step."""
+        return self.saves_at(step.index, last=step.last)
+
+    def saves_at(self, index: int, *, last: bool) -> bool:
+        """Whether a checkpoint is due after step `index`: every so many, at the last, and when the run is to stop."""
+        if self._pending and not self.world.any(not self._pending.writing.done):
+            self.settle(index)
+        self._last = last
+        self._stopping = self.world.any(bool(self.requests.received))
+        every = self.config.save_every
+        return last or self._stopping or (every > 0 and index % every == 0)
 
     def save(
         self,
@@ -165,12 +186,15 @@ class Stage:
         best_value: float | None = None,
         **meta: Any,
     ) -> None:
-        """Save a checkpoint that the same command goes on from; every rank calls."""
+        """Save a checkpoint that the same command goes on from; every rank calls. Raises Stopped when that was asked for."""
+        self.settle(index)
         began = time.perf_counter()
         merged = None if data_state is None else merge_states(self.world.gather(data_state))
         improved = best_value is not None and (self.best is None or best_value > self.best)
         self.best = best_value if improved else self.best
-        checkpoint = checkpoint_manager.save(
+        self.tracker.sync()
+        ends = self._stopping or self._last
+        self._pending = checkpoint_manager.begin_save(
             self.source,
             self.tag,
             index,
@@ -179,17 +203,33 @@ class Stage:
             world=self.world,
             keep_last=self.config.keep_last,
             best=improved,
+            background=self.world.device.type == "cuda" and not ends,
             meta={
                 **meta,
                 "user_config": dataclasses.asdict(self.config),
                 "identity": self._made_by,
                 "data_state": merged,
                 "best_value": self.best,
+                "guard": self.guard.state(),
             },
         )
-        seconds = time.perf_counter() - began
-        self.tracker.log(index, {"time/save_seconds": seconds})
-        print0(f"saved {checkpoint} in {seconds:.1f} s")
+        if self._pending.writing.done:
+            self.settle(index)
+        self.tracker.log(index, {"time/save_seconds": time.perf_counter() - began})
+        if self._stopping and not self._last:
+            asked = self.requests.received or "a signal to another rank"
+            told = f"stopped by {asked} after step {index}, which is saved; the same command goes on"
+            print0(told)
+            raise Stopped(told)
+
+    def settle(self, index: int) -> None:
+        """Put a checkpoint that was written in the background in its place; every rank calls."""
+        pending, self._pending = self._pending, None
+        if pending is None:
+            return
+        checkpoint = pending.finish()
+        self.tracker.log(index, {"time/save_write_seconds": pending.writing.seconds})
+        print0(f"saved {checkpoint} in {pending.writing.seconds:.1f} s")
 
 
 @contextmanager
@@ -207,10 +247,37 @@ def open_stage(
     `record` names its folder in the run directory, by default as the stage.
     """
     made_by = identity(config, parent)
+    with ExitStack() as held:
+        _hold(held, source, tag, world)
+        yield from _opened(source, config, world, tag=tag, made_by=made_by, record=record or source)
+
+
+def _hold(held: ExitStack, source: str, tag: str, world: World) -> None:
+    """Take the checkpoints' lock on the main rank; where that fails, all ranks say so."""
+    problem = ""
+    if world.main:
+        try:
+            held.enter_context(exclusive(f"{source}-{tag}", f"{source} {tag}"))
+        except UserError as error:
+            problem = str(error)
+    if problem := world.gather(problem)[0]:
+        raise UserError(problem)
+
+
+def _opened(
+    source: str, config: Any, world: World, *, tag: str, made_by: str, record: str
+) -> Iterator[Stage]:
     resumed = _own_checkpoint(source, tag, made_by, config.resume, world)
     resume_step = resumed.step + 1 if resumed else None
-    with open_run(record or source, config, world, resume_step=resume_step) as tracker:
-        yield Stage(source, config, world, tracker, tag=tag, made_by=made_by, resumed=resumed)
+    with open_run(record, config, world, resume_step=resume_step) as tracker:
+        stage = Stage(source, config, world, tracker, tag=tag, made_by=made_by, resumed=resumed)
+        with stage.requests:
+            try:
+                yield stage
+            except Exception:
+                if world.size == 1:  # with others, they may be what failed, and would be waited for
+                    stage.settle(tracker.files.step if tracker.files else 0)
+                raise
 
 
 def _own_checkpoint(source: str, tag: str, made_by: str, resume: bool, world: World) -> Checkpoint | None:
@@ -223,7 +290,13 @@ def _own_checkpoint(source: str, tag: str, made_by: str, resume: bool, world: Wo
     if world.main and folder.is_dir() and any(folder.iterdir()):
         aside = folder.with_name(f"{tag}.before-{datetime.now():%Y%m%d-%H%M%S}")
         folder.rename(aside)
-        why = "they were made with other settings" if resume else "--resume=0 starts anew"
+        why = (
+            "--resume=0 starts anew"
+            if not resume
+            else "none of them is whole"
+            if found is None
+            else ("they were made with other settings")
+        )
         print0(f"checkpoints of {source} {tag} moved to {aside}: {why}")
     world.barrier()
     return None

@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from nanochat.dataset import reachable
+from nanochat.locks import exclusive
 from nanochat.provenance import provenance, redacted
 from nanochat.run_files import Files, Histogram, Row, now, read_json, run_dir, write_json
 
@@ -50,6 +51,13 @@ def open_run(stage: str, config: Any, world: World, *, resume_step: int | None =
         yield Tracker(None, None)
         return
     directory = run_dir(config.run, stage)
+    with exclusive(f"run-{config.run}-{stage}", f"run {config.run}, stage {stage},"):
+        yield from _recorded(directory, stage, config, world, resume_step)
+
+
+def _recorded(
+    directory: Path, stage: str, config: Any, world: World, resume_step: int | None
+) -> Iterator[Tracker]:
     old = read_json(directory / "config.json") if resume_step is not None else {}
     files = Files(directory, resume_step=resume_step)
     record = {
@@ -116,6 +124,11 @@ class Tracker:
         if self.files:
             print(f"{kind}: {text}", flush=True)
             self.files.note(kind, text)
+
+    def sync(self) -> None:
+        """Put what was logged onto the disk."""
+        if self.files:
+            self.files.sync()
 
     def finish(self, results: Row) -> None:
         """Record the stage's results: numbers, text, or for a task a mapping with `accuracy` and what belongs to it."""

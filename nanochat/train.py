@@ -167,6 +167,7 @@ class NonFiniteGuard:
     """Where to leave the last batch for inspection; None: nowhere."""
     num_skipped: int = 0
     streak: int = 0
+    """Of the steps in a row that were skipped last; both go on where a resumed run left them."""
     waiting: list[tuple[int, StepResult, list[Any]]] = field(default_factory=list)
 
     def note(self, index: int, result: StepResult, microbatches: list[Any], *, last: bool = False) -> None:
@@ -174,6 +175,12 @@ class NonFiniteGuard:
         self.waiting.append((index, result, microbatches))
         while len(self.waiting) > (0 if last or result.ready is None else 1):
             self._look(*self.waiting.pop(0))
+
+    def state(self) -> dict[str, int]:
+        """What a checkpoint holds of it, the last step included."""
+        while self.waiting:
+            self._look(*self.waiting.pop(0))
+        return {"num_skipped": self.num_skipped, "streak": self.streak}
 
     def _look(self, index: int, result: StepResult, microbatches: list[Any]) -> None:
         if not result.skipped:

@@ -87,7 +87,7 @@ def main(config: Config) -> None:
     from nanochat.stage import grad_accum_steps, open_stage, optimizer_for, tell, text_bpb
     from nanochat.tokenizer import load_tokenizer
     from nanochat.train import next_token_loss, train_steps
-    from tasks.catalog import pretraining_texts
+    from tasks.catalog import left_out, pretraining_texts
     from tasks.prose import Drill
 
     world = compute_init(config.device_type, config.dtype, config.seed)
@@ -113,10 +113,10 @@ def main(config: Config) -> None:
         "sequence_len": config.max_seq_len,
         "world": world,
     }
-    bpb = None
     with open_stage("base", config, world, tag=config.model_tag or f"d{config.depth}") as stage:
         tell(stage.tracker, notes)
         stage.restore(model, optimizer)
+        bpb = stage.remembered("val_bpb").get("val_bpb")
         state = stage.data_state or {}
         batches: Any = document_batches(texts, tokenizer, **shape, state=state.get("then", stage.data_state))
         if config.drill_iterations:
@@ -138,6 +138,7 @@ def main(config: Config) -> None:
             schedule=schedule,
             world=world,
             start=stage.start,
+            guard=stage.guard,
             max_grad_norm=config.max_grad_norm,
         ):
             stage.report(step, num_steps, model, config.max_seq_len)
@@ -149,6 +150,8 @@ def main(config: Config) -> None:
                 stage.save(
                     step.index, model, optimizer, data_state=batches.state(), best_value=best, val_bpb=bpb
                 )
+        missing = sorted({line for lines in world.gather(left_out(texts)) for line in lines})
+        tell(stage.tracker, [("skipped", f"base: {line}") for line in missing])
         stage.tracker.finish(
             {
                 "parameters": model.num_params(),

@@ -240,6 +240,8 @@ def main(config: Config) -> None:
                 token_budget=config.device_batch_size * config.max_new_tokens,
                 max_grad_norm=config.max_grad_norm,
                 want_update_norm=True,
+                guard=stage.guard,
+                step=step,
             )
             metrics["train/lr"] = lr_scale
             clock.lap("train")
@@ -253,7 +255,7 @@ def main(config: Config) -> None:
             stage.tracker.log(step, metrics)
             if due(step, config.log_every, num_steps):
                 print0(step_line(step, num_steps, metrics))
-            if due(step, config.save_every, num_steps) or step == num_steps:
+            if stage.saves_at(step, last=step == num_steps):
                 stage.save(step, policy, optimizer, best_value=accuracy)
         best = {"best_dev_acc": stage.best, "best_step": best_step("rl", tag)}
         stage.tracker.finish({"steps": num_steps, **best})

@@ -74,11 +74,11 @@ def main(config: Config) -> None:
     }
     grad_accum = grad_accum_steps(config, sequence_len, world)
     optimizer = optimizer_for(model, config, world)
-    losses: dict[str, float] = {}
     tag = config.save_tag or config.model_tag or find_tag(config.source)
     with open_stage("sft", config, world, tag=tag, parent=parent, record=config.label) as stage:
         tell(stage.tracker, notes)
         stage.restore(model, optimizer)
+        losses: dict[str, float] = stage.remembered("val/")
         batches = conversation_batches(mixture, tokenizer, seed=config.seed, state=stage.data_state, **shape)
         num_steps = supervised_steps(config, batches, grad_accum, world)
         schedule = partial(trapezoid, num_steps=num_steps, warmdown=config.warmdown_ratio)
@@ -92,6 +92,7 @@ def main(config: Config) -> None:
             schedule=schedule,
             world=world,
             start=stage.start,
+            guard=stage.guard,
             max_grad_norm=config.max_grad_norm,
         ):
             stage.report(step, num_steps, model, sequence_len)

@@ -55,10 +55,10 @@ def main(config: Config) -> None:
     }
     grad_accum = grad_accum_steps(config, sequence_len, world)
     optimizer = optimizer_for(model, config, world)
-    bpb = None
     with open_stage("mid", config, world, tag=config.model_tag or find_tag("base"), parent=parent) as stage:
         tell(stage.tracker, notes)
         stage.restore(model, optimizer)
+        bpb = stage.remembered("val_bpb").get("val_bpb")
         batches = conversation_batches(
             mixture, tokenizer, seed=config.seed, mask="all", state=stage.data_state, **shape
         )
@@ -74,6 +74,7 @@ def main(config: Config) -> None:
             schedule=schedule,
             world=world,
             start=stage.start,
+            guard=stage.guard,
             max_grad_norm=config.max_grad_norm,
         ):
             stage.report(step, num_steps, model, sequence_len)

@@ -39,6 +39,48 @@ have_shards() {
   [ -e "${files[0]}" ] || [ -e "${files[${#files[@]} - 1]}" ]
 }
 
+# logged LOG command...: both streams to LOG and to the terminal; the command's own exit code.
+# The command is a job with a process group of its own, so that a signal reaches it once, by pass_on, and never tee.
+logged() {
+  local log=$1 pipe=$1.pipe tee_pid
+  shift
+  rm -f "$pipe"
+  mkfifo "$pipe"
+  (
+    trap '' INT TERM
+    exec tee -a "$log"
+  ) <"$pipe" &
+  tee_pid=$!
+  set -m
+  DRIVER_PID=$$ "$@" </dev/null >"$pipe" 2>&1 &
+  job=$!
+  set +m
+  passed=1
+  while [ -n "$passed" ]; do # a signal cuts `wait` short
+    passed="" job_status=0
+    wait "$job" || job_status=$?
+  done
+  job=""
+  wait "$tee_pid"
+  rm -f "$pipe"
+  return "$job_status"
+}
+
+job="" passed="" asked=""
+# The first signal lets the stage finish its step and save, the second ends it at once.
+pass_on() {
+  passed=1 asked=$1
+  [ -n "$job" ] || leave "$1"
+  kill -s "$1" -- "-$job" 2>/dev/null || true
+}
+leave() {
+  say ""
+  say "interrupted; to go on: $TO_GO_ON"
+  if [ "$1" = INT ]; then exit 130; else exit 143; fi
+}
+trap 'pass_on INT' INT
+trap 'pass_on TERM' TERM
+
 # stage NAME after=STAGE,... single|ranks MODULE flags...
 stage() {
   local name=$1 after=${2#after=} how=$3 module=$4 began=$SECONDS status=0 key marker log command
@@ -69,7 +111,7 @@ stage() {
     printf ' %q' "${command[@]}"
     printf '\n'
   } | tee -a "$log"
-  "${command[@]}" </dev/null 2>&1 | tee -a "$log" || status=$?
+  logged "$log" "${command[@]}" || status=$?
   [ "$status" = 0 ] || return "$status"
   printf '%s\n' "$key" >"$marker"
   printf '== %s: finished in %d s\n' "$name" $((SECONDS - began)) | tee -a "$log"
@@ -79,7 +121,12 @@ stage() {
 need() {
   local status=0
   stage "$@" || status=$?
+  [ -z "$asked" ] || leave "$asked"
   [ "$status" != 0 ] || return 0
+  if [ "$status" = 75 ]; then # nanochat/interruption.py: asked to stop, and saved
+    say "stopped; to go on: $TO_GO_ON"
+    exit 75
+  fi
   say ""
   say "error: stage $1 failed with exit code $status; the last lines of its log:"
   tail -n 15 "$LOGS/$1.log" | sed 's/^/    /' >&2
@@ -87,8 +134,6 @@ need() {
   say "to go on:   $TO_GO_ON"
   exit "$status"
 }
-
-trap 'say ""; say "interrupted; to go on: $TO_GO_ON"; exit 130' INT
 
 # Flags that every stage with a model knows; an empty knob leaves its flag to the stage.
 common=(--run="$RUN" --seed="$SEED" --model_tag="$MODEL_TAG"
@@ -129,7 +174,7 @@ need base_train after=tok_train ranks scripts.base_train "${common[@]}" "${rates
   --max_seq_len="$SEQUENCE_LEN" --num_iterations="$BASE_STEPS" \
   --total_batch_size="$BASE_BATCH_TOKENS" --device_batch_size="$BASE_DEVICE_BATCH_SIZE" \
   --synthetic_share="$SYNTHETIC_SHARE" --drill_iterations="$DRILL_ITERATIONS" --isolate="$ISOLATE" \
-  --eval_every="$EVAL_EVERY" --eval_tokens="$EVAL_TOKENS" ${more[@]+"${more[@]}"}
+  --save_every="$SAVE_EVERY" --eval_every="$EVAL_EVERY" --eval_tokens="$EVAL_TOKENS" ${more[@]+"${more[@]}"}
 need base_loss after=base_train ranks scripts.base_loss "${common[@]}" \
   --device_batch_size="$BASE_DEVICE_BATCH_SIZE" --split_tokens="$EVAL_TOKENS"
 need base_eval after=base_train ranks scripts.base_eval "${common[@]}" --max_per_task="$CORE_EXAMPLES"
@@ -145,7 +190,7 @@ extra "$EXTRA_MID_TRAIN"
 need mid_train after=base_train ranks scripts.mid_train "${common[@]}" "${rates[@]}" --num_iterations="$MID_ITERATIONS" \
   --total_batch_size="$MID_BATCH_TOKENS" --device_batch_size="$MID_DEVICE_BATCH_SIZE" \
   --synthetic_examples="$SYNTHETIC_EXAMPLES" --other_examples="$OTHER_EXAMPLES" \
-  --eval_every="$EVAL_EVERY" --eval_tokens="$EVAL_TOKENS" ${more[@]+"${more[@]}"}
+  --save_every="$SAVE_EVERY" --eval_every="$EVAL_EVERY" --eval_tokens="$EVAL_TOKENS" ${more[@]+"${more[@]}"}
 evaluate mid after=mid_train
 
 fine_tune() { # fine_tune NAME flags...
@@ -154,7 +199,7 @@ fine_tune() { # fine_tune NAME flags...
     --total_batch_size="$SFT_BATCH_TOKENS" --device_batch_size="$SFT_DEVICE_BATCH_SIZE" \
     --aqua_train_examples="$AQUA_TRAIN_EXAMPLES" --aqua_val_examples="$AQUA_VAL_EXAMPLES" \
     --synthetic_examples="$SYNTHETIC_EXAMPLES" --other_examples="$OTHER_EXAMPLES" \
-    --eval_every="$EVAL_EVERY" "${@:2}" ${more[@]+"${more[@]}"}
+    --save_every="$SAVE_EVERY" --eval_every="$EVAL_EVERY" "${@:2}" ${more[@]+"${more[@]}"}
 }
 fine_tune chat_sft
 evaluate sft after=chat_sft

@@ -61,6 +61,7 @@ KNOBS: tuple[Knob, ...] = (
     Knob("TOK_MAX_CHARS",        "characters that the tokenizer is trained on",     (2_000_000_000, 2_000_000_000, 20_000_000, 1_000_000)),
     Knob("DEVICE_BATCH_SIZE",    "most rows of a microbatch on one device",                   (32, 32, 32, 8)),
     Knob("EVAL_EVERY",           "steps between validations in base, mid and sft; -1: never",  (250, 250, 250, 4)),
+    Knob("SAVE_EVERY",           "steps between checkpoints in base, mid and sft; -1: only the last", (250, 250, 100, 4)),
     Knob("EVAL_TOKENS",          "tokens of a validation in base and mid",                    (10_485_760, 10_485_760, 32_768, 2_048)),
     Knob("MATRIX_LR",            "of muon, in base, mid and sft",                             same(0.02)),
     Knob("EMBEDDING_LR",         "of adamw, for the embedding; small batches want less",      (0.2, 0.2, 0.02, 0.02)),

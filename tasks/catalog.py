@@ -271,6 +271,12 @@ def pretraining_texts(
     return mixed, [("data", f"base: {kind}")]
 
 
+def left_out(texts: Texts) -> list[str]:
+    """Files and documents of the text on disk that could not be used, as far as `texts` has been read."""
+    told = getattr(getattr(texts, "prose", texts), "told", None)
+    return told() if told else []
+
+
 def _share_of_documents(share_of_characters: float, written: Texts, prose: Texts, sample: int = 64) -> float:
     """Ours are short and books are long: the same share of characters is another share of documents."""
     ours = sum(len(written[n]) for n in range(sample)) / sample

@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import shutil
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,11 +16,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from nanochat import checkpoint_manager
+from nanochat import checkpoint_manager, checkpoint_writer
 from nanochat.architecture import OCT2025, GPTConfig
 from nanochat.checkpoint_manager import (
     Checkpoint,
     RefusedCheckpoint,
+    begin_save,
     best_step,
     find,
     load_model,
@@ -290,7 +292,7 @@ def test_a_disk_that_fills_up_inside_torchs_writer_is_told_as_well(monkeypatch: 
     def full(self: Any, data: Any) -> int:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(checkpoint_manager._HashingFile, "write", full)
+    monkeypatch.setattr(checkpoint_writer._HashingFile, "write", full)
     with pytest.raises(UserError, match="disk is full"):
         save_tiny(2)
 
@@ -319,6 +321,35 @@ def test_killed_at_any_rename_the_older_one_stays_and_the_next_save_cleans_up(
     save_tiny(2, optimizer=optimizer_for(model, single()))
     assert newest("sft", "d3") == Checkpoint(older.folder, 2)
     assert len(list(older.folder.iterdir())) == 6
+
+
+def test_weights_may_be_trained_on_while_a_checkpoint_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, expected = tiny_gpt(), tiny_gpt()
+    optimizer = optimizer_for(model, single())
+    may_write = threading.Event()
+    write = checkpoint_writer._write
+
+    def held_up(path: Path, state: dict[str, Any]) -> dict[str, Any]:
+        assert may_write.wait(30)
+        return write(path, state)
+
+    monkeypatch.setattr(checkpoint_writer, "_write", held_up)
+    pending = begin_save(
+        "sft", "d3", 1, model=model, optimizer=optimizer, meta={}, world=single(), background=True
+    )
+    assert not pending.writing.done and newest("sft", "d3") is None
+    some_steps(model, optimizer, range(3))
+    may_write.set()
+    checkpoint = pending.finish()
+    assert same(load_weights(checkpoint), expected)
+    assert newest("sft", "d3") == checkpoint
+    fresh, saved = optimizer_for(expected, single()), optimizer_for(expected, single())
+    load_optimizer(checkpoint, saved)
+    assert all(
+        ours.state[name].equal(theirs.state[name])
+        for ours, theirs in zip(saved.buckets, fresh.buckets, strict=True)
+        for name in ours.state
+    )
 
 
 class Hostile:

@@ -77,6 +77,8 @@ def test_bad_shards_are_left_out_and_named(tmp_path: Path, capsys: pytest.Captur
     assert shards.skipped["shard_00015.parquet"] == "a copy of shard_00000.parquet"
     assert shards.skipped["shard_00016.parquet"] == "column text is int64, not string"
     assert "left out shard_00010.parquet: torn" in capsys.readouterr().out
+    told = open_texts("train", tmp_path).told()
+    assert len(told) == len(bad) + 1 and "shard_00014.parquet: empty" in told, "the report counts them"
 
 
 def test_without_two_readable_shards_the_cure_is_named(tmp_path: Path) -> None:
@@ -109,6 +111,7 @@ def test_a_row_group_altered_in_the_middle_costs_only_its_own_documents(tmp_path
     read = open_texts("train", tmp_path)
     assert [read[n] for n in range(10)] == [*documents(0)[:3], "", "", "", *documents(0)[6:]]
     assert list(read.skipped.values()) == [3]
+    assert read.told() == ["3 documents of shard_00000.parquet row group 1: unreadable"]
 
 
 def test_missing_values_are_empty_documents(tmp_path: Path) -> None:

@@ -150,6 +150,14 @@ def test_a_refusal_is_not_asked_again(status: str, server: Server, tmp_path: Pat
     assert server.requests["a"] == 1 and not list(tmp_path.iterdir())
 
 
+def test_what_opens_an_address_stands_in_no_message(server: Server, tmp_path: Path) -> None:
+    server.faults["a?signature=marked"] = ["404"]
+    address = server.url.replace("http://", "http://user:marked@") + "/a?signature=marked"
+    with pytest.raises(UserError, match=r"127\.0\.0\.1:\d+/a: the server answers 404") as error:
+        fetch_file(address, tmp_path / "a", check=lambda path: None, patience=QUICK)
+    assert "marked" not in str(error.value)
+
+
 def test_an_address_that_is_none_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="is not an address"):
         fetch_file("nonsense", tmp_path / "a", check=lambda path: None, patience=QUICK)

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import wandb_file
+from test_untrusted import SECRETS, leaks
 
 from nanochat.metrics import describe
 from nanochat.run_files import read_json, read_metrics
@@ -291,6 +292,53 @@ def test_an_interrupted_stage_is_not_taken_for_finished(tmp_path: Path) -> None:
     assert ran(tmp_path) == ["one"], "the failed attempt may have spoiled what one left behind"
 
 
+def test_a_stage_that_was_asked_to_stop_is_no_failure(tmp_path: Path) -> None:
+    (tmp_path / "fake").mkdir()
+    (tmp_path / "fake" / "stopped.py").write_text("raise SystemExit(75)\n")
+    done = stage_script(tmp_path, "need stopped after= single stopped\nneed one after= single one")
+    assert done.returncode == 75 and "stopped; to go on:" in done.stderr and "error" not in done.stderr
+    assert ran(tmp_path) == []
+
+
+POLITE = """
+import signal, sys, time
+asked = []
+signal.signal(signal.SIGTERM, lambda *_: asked.append(1))
+signal.signal(signal.SIGINT, lambda *_: asked.append(1))
+print("started", flush=True)
+while not asked:
+    time.sleep(0.01)
+time.sleep(0.3)
+print(f"saved after {len(asked)} signal", flush=True)
+sys.exit(75)
+"""
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize("to_all", [True, False], ids=["to the group", "to the driver alone"])
+def test_a_signal_reaches_the_stage_once_and_its_last_words_are_logged(
+    number: signal.Signals, code: int, to_all: bool, tmp_path: Path
+) -> None:
+    (tmp_path / "fake").mkdir()
+    (tmp_path / "fake" / "polite.py").write_text(POLITE)
+    driver = write_driver(tmp_path, "need polite after= single polite")
+    running = subprocess.Popen(
+        ["bash", driver], env=environment(tmp_path), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        start_new_session=True, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )  # fmt: skip
+    assert running.stdout is not None
+    for line in running.stdout:
+        if line == "started\n":
+            break
+    (os.killpg if to_all else os.kill)(running.pid, number)
+    printed, error = running.communicate(timeout=30)
+    assert running.returncode == code and "interrupted; to go on:" in error
+    assert "saved after 1 signal" in printed
+    logs = tmp_path / "base" / "runs" / "r1" / "logs"
+    assert "saved after 1 signal" in (logs / "polite.log").read_text()
+    assert [path.name for path in logs.iterdir()] == ["polite.log"], "no pipe is left"
+
+
 def test_an_interrupt_says_how_to_go_on_and_leaves_no_marker(tmp_path: Path) -> None:
     driver = write_driver(tmp_path, "need one after= single endless")
     running = subprocess.Popen(
@@ -373,7 +421,7 @@ def kept_report() -> Iterator[None]:
 @pytest.mark.slow
 @pytest.mark.usefixtures("kept_report")
 def test_every_stage_runs_through_the_real_driver_and_a_second_run_skips_them_all(tmp_path: Path) -> None:
-    env = environment(tmp_path, RUN="e2e", WANDB_MODE="offline", NO_INSTALL="1", NPROC="2")
+    env = environment(tmp_path, RUN="e2e", WANDB_MODE="offline", NO_INSTALL="1", NPROC="2", **SECRETS)
     first = bash("bash run_aquarat_lite.sh", env, timeout=1500)
     assert first.returncode == 0, first.stdout[-3000:] + first.stderr[-3000:]
     base = tmp_path / "base"
@@ -399,3 +447,9 @@ def test_every_stage_runs_through_the_real_driver_and_a_second_run_skips_them_al
     assert logged["rl"] - {"step", "time"} <= sent, "every metric is in W&B's file, too"
     second = bash("bash run_aquarat_lite.sh", env, timeout=120)
     assert second.returncode == 0 and second.stdout.count("finished earlier") == len(STAGES) - 1
+    assert leaks((first.stdout + first.stderr).encode()) == []
+    assert [
+        (path, leaks(path.read_bytes()))
+        for path in base.rglob("*")
+        if path.is_file() and leaks(path.read_bytes())
+    ] == []

@@ -12,7 +12,18 @@ from scripts import plan
 from scripts.presets import KNOBS, Machine
 
 ROOT = Path(__file__).resolve().parent.parent
-SYSTEM = {"HOME", "PATH", "NETRC", "CUDA_VISIBLE_DEVICES", "RANK", "LOCAL_RANK", "WORLD_SIZE"}
+SYSTEM = {
+    "HOME",
+    "PATH",
+    "NETRC",
+    "CUDA_VISIBLE_DEVICES",
+    "RANK",
+    "LOCAL_RANK",
+    "WORLD_SIZE",
+    "DRIVER_PID",
+} | {
+    "TORCHELASTIC_RUN_ID",  # set by torchrun
+}
 NAME = re.compile(r"[A-Z][A-Z0-9]*(_[A-Z0-9]+)+")
 CARRIES_ENVIRONMENT = re.compile(r"\b(environ|getenv|env)\b")
 

@@ -7,10 +7,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 LAYERS = [
-    "common config schedule",
+    "common config schedule interruption locks",
     "tokenizer tokenizer_files conversation dataset shards tracking provenance run_files calculator statistics metrics",
     "architecture gpt head optim updates execution cloud",
-    "checkpoint_manager checkpoints legacy dataloader packing engine decoder rows kv_cache sampling",
+    "checkpoint_manager checkpoint_writer checkpoints legacy dataloader packing engine decoder rows kv_cache sampling",
     "train rl policy_gradient shared_prefix letters attention accuracy evaluate core_eval",
     "stage telemetry",
     "report_text figures",

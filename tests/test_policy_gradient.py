@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 
 import pytest
 import torch
@@ -26,6 +27,7 @@ from nanochat.rl import (
     with_advantages,
 )
 from nanochat.shared_prefix import RLBatch, microbatches
+from nanochat.train import NonFiniteGuard
 from tests.gloo import run_ranks, single
 from tests.rl_fakes import episode, loss_and_gradient, random_groups, relative_error, small_model
 
@@ -197,6 +199,33 @@ def test_a_step_without_a_live_group_does_not_move_the_weights() -> None:
     metrics = update_policy(model, optimizer, dead, objective=Objective(), world=ALONE)
     assert metrics["train/update_norm"] == 0.0
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+
+
+def test_three_updates_that_are_not_finite_end_the_run_and_leave_the_batch(tmp_path: Path) -> None:
+    model = small_model()
+    groups = learning_groups(model)
+    optimizer = make_adamw(model, lr=1e-3, world=ALONE)
+    guard = NonFiniteGuard(folder=tmp_path)
+
+    def step(number: int) -> dict[str, float]:
+        return update_policy(
+            model, optimizer, groups, objective=Objective(), world=ALONE, guard=guard, step=number
+        )
+
+    step(1)
+    sound = [weight.detach().clone() for weight in model.parameters()]
+    with torch.no_grad():
+        model.lm_head.weight[0, 0] = torch.nan
+    assert [step(number)["train/skipped"] for number in (2, 3)] == [1.0, 1.0]
+    with pytest.raises(
+        UserError, match=r"3 steps in a row, the last being step 4 .*nonfinite_000004_rank0\.pt"
+    ):
+        step(4)
+    assert guard.state() == {"num_skipped": 3, "streak": 3}
+    model.lm_head.weight.data[0, 0] = sound[[*dict(model.named_parameters())].index("lm_head.weight")][0, 0]
+    assert all(torch.equal(a, b) for a, b in zip(sound, model.parameters(), strict=True)), "nothing moved"
+    (saved, *_) = torch.load(tmp_path / "nonfinite_000004_rank0.pt", weights_only=True)
+    assert saved["targets"].numel() > 0 and saved["advantages"].isfinite().all()
 
 
 def updated_weights(world: World) -> dict:

@@ -1,0 +1,25 @@
+"""`pytest --fuzz=50`: fifty times as many examples in every property test, for a long night."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import is_hypothesis_test, settings
+
+INTERNAL = (
+    "_hypothesis_internal_use_settings"  # where hypothesis keeps what @settings said; it has no public name
+)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--fuzz", type=int, default=1, help="multiply the examples of every property test")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    factor = config.getoption("--fuzz")
+    if factor == 1:
+        return
+    for function in {getattr(item, "function", None) for item in items}:
+        if function is not None and is_hypothesis_test(function):
+            said = getattr(function, INTERNAL, settings.default)
+            more = settings(said, max_examples=factor * said.max_examples, deadline=None)
+            setattr(function, INTERNAL, more)
