@@ -102,7 +102,6 @@ class KVCache:
             for store in (self.suffix_k, self.suffix_v):
                 store[:, :chunks, target] = store[:, :chunks, source]
 
-
     def peek_attend(
         self, rows: Sequence[int], questions: Sequence[int], prompts: Sequence[int], written: Sequence[int]
     ) -> Attend:
