@@ -86,6 +86,7 @@ class Scheduler:
         self.stats = Stats()
         self._answers: dict[int, _Answer] = {}  # by id of the row
         self._line, self._left = Line(), set[Job]()
+        self._entering: list[Job] = []  # out of the line and not yet in flight
         self._changed = threading.Condition()
         self._closing = False
         self._thread = threading.Thread(target=self._run, name="nanochat-scheduler", daemon=True)
@@ -207,10 +208,12 @@ class Scheduler:
                 admitted.append((job, request))
                 num_tokens += len(job.prompt)
         self.stats.prompt_tokens += num_tokens
+        self._entering = [job for job, _ in admitted]
         owners = {id(request): job for job, request in admitted}
         for row in decoder.admit([request for _, request in admitted]):
             job = owners[id(row.request)]
             self._answers[id(row)] = _Answer(job, row, Transcript(self.engine.tokenizer, stop=job.stop))
+        self._entering = []
 
     def _step(self, decoder: Decoder) -> None:
         """Draw a token of every row and publish what came of it."""
@@ -297,7 +300,8 @@ class Scheduler:
         )
 
     def _fail_all(self, error: Exception) -> None:
-        jobs = {answer.job for answer in self._answers.values()}
+        jobs = {*self._entering, *(answer.job for answer in self._answers.values())}
+        self._entering = []
         self._answers.clear()
         self.stats.failed += len(jobs)
         self.publish([(job, Failure(f"the model could not go on: {type(error).__name__}")) for job in jobs])

@@ -10,15 +10,17 @@ LAYERS = [
     "common config schedule",
     "tokenizer tokenizer_files conversation dataset shards tracking provenance run_files calculator statistics metrics",
     "architecture gpt head optim updates execution cloud",
-    "checkpoint_manager checkpoints legacy dataloader packing engine decoder rows kv_cache sampling",
+    "checkpoint_manager checkpoints legacy dataloader packing engine decoder rows kv_cache sampling transcript jobs",
     "train rl policy_gradient shared_prefix letters attention accuracy evaluate core_eval",
-    "stage telemetry",
-    "web report report_text figures",
+    "stage telemetry serving",
+    "guards api_schema answering streaming openai_routes web report report_text figures",
 ]
 RIM = {  # package -> the only modules that may import it
     "wandb": {"tracking"},
     "requests": {"cloud", "dataset"},
-    "fastapi": {"web"},
+    "fastapi": {"web", "openai_routes"},
+    "starlette": {"web", "openai_routes", "streaming"},
+    "pydantic": {"api_schema"},
     "treescope": {"attention"},
     "datasets": {"common"},
 }
