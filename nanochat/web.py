@@ -295,7 +295,9 @@ def _answer_errors(app: FastAPI) -> None:
         return JSONResponse(error_body(message, **what), status, headers)
 
     @app.exception_handler(RequestValidationError)
-    async def invalid(_: Request, error: RequestValidationError) -> JSONResponse:
+    async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
+        if request.method == "POST" and "json" not in request.headers.get("content-type", ""):
+            return reply(400, "the body is read as JSON: send the header Content-Type: application/json")
         first = error.errors()[0]
         place = ".".join(str(part) for part in first["loc"] if part != "body")
         what = str(first["msg"]).removeprefix("Value error, ")
