@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, model_validator
 
 MAX_MESSAGES, MAX_MESSAGE_CHARACTERS, MAX_CHARACTERS = 500, 8_000, 32_000
 MAX_CHOICES, MAX_PROMPTS, MAX_STOPS = 32, 16, 4
@@ -20,6 +20,16 @@ TopP = Annotated[float, Field(gt=0.0, le=1.0, allow_inf_nan=False)]
 TopK = Annotated[int, Field(ge=0, le=1_000_000, description="sample among the k likeliest tokens; 0: all")]
 MaxTokens = Annotated[int, Field(ge=1, le=1_000_000, description="cut where the model's context ends")]
 Seed = Annotated[int, Field(ge=-(2**63), le=2**63 - 1)]
+
+
+def _not_there(value: bool) -> bool:
+    if value:
+        raise ValueError("not available here: leave it out, or false")
+    return value
+
+
+# Literal[False] would take 0 as well.
+Never = Annotated[bool, AfterValidator(_not_there), Field(json_schema_extra={"const": False})]
 Nothing = Annotated[float, Field(ge=0.0, le=0.0)]
 Stop = Annotated[str, StringConstraints(min_length=1, max_length=200)]
 Stops = Stop | Annotated[list[Stop], Field(max_length=MAX_STOPS)]
@@ -97,7 +107,7 @@ class ChatRequest(Common):
     response_format: ResponseFormat | None = Field(None, description="only text")
     tools: Annotated[list[Any], Field(max_length=0)] | None = Field(None, description="not available: empty")
     metadata: Annotated[dict[str, str], Field(max_length=16)] | None = Field(None, description="taken")
-    store: Literal[False] | None = Field(None, description="nothing is stored")
+    store: Never | None = Field(None, description="nothing is stored")
 
     @model_validator(mode="after")
     def _top_logprobs_need_logprobs(self) -> ChatRequest:
@@ -120,9 +130,9 @@ class CompletionRequest(Common):
         | Annotated[list[Ids], Field(min_length=1, max_length=MAX_PROMPTS)]
     )
     logprobs: int | None = Field(None, ge=0, le=5)
-    echo: Literal[False] | None = Field(None, description="not available: false")
+    echo: Never | None = Field(None, description="not available: false")
     suffix: Annotated[str, StringConstraints(max_length=0)] | None = Field(None, description="not available")
-    best_of: Literal[1] | None = Field(None, description="not available: 1")
+    best_of: int | None = Field(None, ge=1, le=1, description="not available: 1")
 
 
 class OwnChatRequest(Strict):

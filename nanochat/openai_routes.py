@@ -48,7 +48,11 @@ ERRORS: dict[int | str, dict[str, Any]] = {
     },
     500: {"model": ErrorResponse, "description": "the model failed"},
 }
-EVENTS: dict[str, Any] = {"content": {"text/event-stream": {"schema": {"type": "string"}}}}
+EVENTS: dict[str, Any] = {
+    "content": {
+        "text/event-stream": {"schema": {"type": "object", "properties": {"data": {"type": "string"}}}}
+    }
+}
 
 
 class UnknownModel(UserError):

@@ -98,7 +98,11 @@ def serving(host: Host, access: Access | None = None) -> Iterator[str]:
     listening.bind(("127.0.0.1", 0))
     listening.listen(1024)
     config = uvicorn.Config(
-        create_app(host, access), log_level="warning", access_log=False, timeout_graceful_shutdown=1
+        create_app(host, access),
+        log_level="warning",
+        access_log=False,
+        log_config=None,
+        timeout_graceful_shutdown=1,
     )
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)
