@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import socket
 import threading
 import time
@@ -68,6 +69,18 @@ def talking_model(steps: int = 150) -> tuple[GPT, Tokenizer]:
         optimizer.step()
         optimizer.zero_grad()
     return model.eval(), tokenizer
+
+
+def endless_model() -> GPT:
+    """The same model, which never draws a stop token."""
+    known, tokenizer = talking_model()
+    model = copy.deepcopy(known)
+    with torch.no_grad():
+        for name in ("<|assistant_end|>", "<|bos|>"):
+            # Capped logits of such a row are about -15 wherever the others are not all negative.
+            states = model.hidden(torch.tensor([tokenizer.encode("hello", bos=True)]))[0]
+            model.lm_head.weight[tokenizer.special(name)] = -20 * states.mean(0)
+    return model
 
 
 def make_host(

@@ -15,10 +15,9 @@ from typing import Any
 
 import httpx
 import pytest
-import torch
 
 from nanochat.guards import MAX_BODY_BYTES, Access
-from tests.talking import make_host, serving, talking_model
+from tests.talking import endless_model, make_host, serving
 
 HELLO = {"messages": [{"role": "user", "content": "hello"}]}
 
@@ -32,15 +31,7 @@ def url() -> Iterator[str]:
 @pytest.fixture
 def endless() -> Iterator[str]:
     """A server with two rows, of a model that has forgotten how to stop, and room for three in line."""
-    known, tokenizer = talking_model()
-    import copy
-
-    model = copy.deepcopy(known)
-    model.config = copy.deepcopy(model.config)
-    with torch.no_grad():
-        for name in ("<|assistant_end|>", "<|bos|>"):
-            model.lm_head.weight[tokenizer.special(name)] = -model.lm_head.weight[tokenizer.encode("e")[0]]
-    with serving(make_host(model=model, max_rows=2, max_waiting=3)) as address:
+    with serving(make_host(model=endless_model(), max_rows=2, max_waiting=3)) as address:
         yield address
 
 
