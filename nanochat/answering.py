@@ -25,6 +25,9 @@ if TYPE_CHECKING:
     from nanochat.tokenizer import Tokenizer
 
 
+COLDEST = 1e-4  # below it no token but the likeliest is ever drawn, and fp32 cannot hold the weights: greedy
+
+
 class ContextOverflow(UserError):
     """The prompt leaves no room for an answer."""
 
@@ -108,8 +111,9 @@ class Host:
 
     def sampling(self, temperature: float | None, top_k: int | None, top_p: float | None) -> Sampling:
         default = self.defaults
+        temperature = default.temperature if temperature is None else temperature
         return Sampling(
-            default.temperature if temperature is None else temperature,
+            temperature if temperature >= COLDEST else 0.0,
             default.top_k if top_k is None else min(top_k, self.pool.engine.model.config.vocab_size),
             default.top_p if top_p is None else top_p,
         )

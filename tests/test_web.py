@@ -110,6 +110,7 @@ def test_stop_max_tokens_top_k_and_top_p(client: openai.OpenAI) -> None:
     assert ask(max_completion_tokens=3) == (text, "length")
     assert ask(temperature=1.0, top_p=1e-6) == (HI, "stop"), "only the likeliest token is left"
     assert ask(temperature=1.0, extra_body={"top_k": 1}) == (HI, "stop")
+    assert ask(temperature=5e-324) == ask(temperature=1.0, top_p=5e-324) == (HI, "stop"), "as good as greedy"
     assert ask(max_tokens=100_000) == (HI, "stop")
 
 
