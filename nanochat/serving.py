@@ -26,10 +26,9 @@ import torch
 
 from nanochat.common import UserError
 from nanochat.engine import CPU_CHUNK
+from nanochat.insight import Answer, Certainty, final_letters, letters_now
 from nanochat.jobs import Busy, Event, Failure, Job, Line, Piece, Publish, hand_out
 from nanochat.kv_cache import Extent, numbers_per_token
-from nanochat.letters import answer_position, letter_logits
-from nanochat.rows import Row
 from nanochat.transcript import Transcript
 
 if TYPE_CHECKING:
@@ -37,19 +36,7 @@ if TYPE_CHECKING:
     from nanochat.engine import Engine
 
 MAX_ROWS, MAX_WAITING = 32, 256
-PREFILL_TOKENS = (
-    4096  # prompt tokens admitted between two steps: who is answered already should not wait long
-)
-LETTERS_EVERY = 2  # tokens between looks at the letters
-
-
-@dataclass(slots=True, eq=False)
-class _Answer:
-    """A sample in flight."""
-
-    job: Job
-    row: Row
-    transcript: Transcript
+PREFILL_TOKENS = 4096  # prompt tokens admitted between two steps: who is being answered should not wait long
 
 
 @dataclass(slots=True)
@@ -84,7 +71,7 @@ class Scheduler:
         self.engine, self.publish, self.max_waiting = engine, publish, max_waiting
         self.extent = _extent(engine, max_rows)
         self.stats = Stats()
-        self._answers: dict[int, _Answer] = {}  # by id of the row
+        self._answers: dict[int, Answer] = {}  # by id of the row
         self._line, self._left = Line(), set[Job]()
         self._entering: list[Job] = []  # out of the line and not yet in flight
         self._changed = threading.Condition()
@@ -189,7 +176,7 @@ class Scheduler:
         self.stats.cancelled += len({answer.job for answer in gone})
         self._drop(decoder, gone)
 
-    def _drop(self, decoder: Decoder, answers: Sequence[_Answer]) -> None:
+    def _drop(self, decoder: Decoder, answers: Sequence[Answer]) -> None:
         decoder.drop([answer.row for answer in answers])
         for answer in answers:
             del self._answers[id(answer.row)]
@@ -212,17 +199,20 @@ class Scheduler:
         owners = {id(request): job for job, request in admitted}
         for row in decoder.admit([request for _, request in admitted]):
             job = owners[id(row.request)]
-            self._answers[id(row)] = _Answer(job, row, Transcript(self.engine.tokenizer, stop=job.stop))
+            self._answers[id(row)] = Answer(job, row, Transcript(self.engine.tokenizer, stop=job.stop))
         self._entering = []
 
     def _step(self, decoder: Decoder) -> None:
         """Draw a token of every row and publish what came of it."""
         began = time.monotonic()
         answers = [self._answers[id(row)] for row in decoder.rows]
-        letters, certainty = self._letters(decoder, answers), _Certainty.of(decoder, answers)
+        letters, certainty = (
+            letters_now(decoder, answers, self.engine.tokenizer),
+            Certainty.of(decoder, answers),
+        )
         finished = set(map(id, decoder.step()))
         events: list[tuple[Job, Event]] = []
-        done: list[_Answer] = []
+        done: list[Answer] = []
         failed: set[Job] = set()
         for answer in answers:
             event = self._event(answer, certainty, letters.get(id(answer.row)))
@@ -240,7 +230,7 @@ class Scheduler:
         self.publish(events)
 
     def _event(
-        self, answer: _Answer, certainty: _Certainty, letters: tuple[float, ...] | None
+        self, answer: Answer, certainty: Certainty, letters: tuple[float, ...] | None
     ) -> Piece | Failure:
         """What the row's newest token means to its job."""
         row, job = answer.row, answer.job
@@ -255,38 +245,11 @@ class Scheduler:
             last = answer.transcript.close()
             text, finish = text + last.text, "stop" if last.stopped else finish
         if finish and job.letters:
-            letters = self._final_letters(answer)
+            letters = final_letters(answer, self.engine)
         logprob, top = certainty.about(row, token)
         return Piece(row.sample, token, text, said.tool, logprob, top, letters, finish)  # type: ignore[arg-type]
 
-    def _letters(self, decoder: Decoder, answers: Sequence[_Answer]) -> dict[int, tuple[float, ...]]:
-        """What the letters would be now, for rows that are watched and have not come to their answer."""
-        watched, cues = [], []
-        for answer in answers:
-            if answer.job.letters and len(answer.row.ids) % LETTERS_EVERY == 0:
-                ids = answer.row.ids
-                position, appended = answer_position(self.engine.tokenizer, ids)
-                if appended:
-                    watched.append(answer)
-                    cues.append(position[len(ids) :])
-        if not watched:
-            return {}
-        logits = decoder.peek([answer.row for answer in watched], cues)
-        return {
-            id(answer.row): _shares(row[self.engine.tokenizer.letter_ids(answer.job.letters)])
-            for answer, row in zip(watched, logits, strict=True)
-        }
-
-    def _final_letters(self, answer: _Answer) -> tuple[float, ...]:
-        """The letters where the answer stands, as RL's telemetry reads them."""
-        tokenizer, row = self.engine.tokenizer, answer.row
-        ids, _ = answer_position(tokenizer, row.ids[:-1] if row.stopped else row.ids)
-        sequence = [*row.request.prompt, *ids]
-        return _shares(
-            letter_logits(self.engine.model, [sequence], [tokenizer.letter_ids(answer.job.letters)])[0]
-        )
-
-    def _count(self, answers: Sequence[_Answer], done: Sequence[_Answer], began: float) -> None:
+    def _count(self, answers: Sequence[Answer], done: Sequence[Answer], began: float) -> None:
         now, stats = time.monotonic(), self.stats
         stats.steps += 1
         stats.tokens += len(answers)
@@ -305,41 +268,6 @@ class Scheduler:
         self._answers.clear()
         self.stats.failed += len(jobs)
         self.publish([(job, Failure(f"the model could not go on: {type(error).__name__}")) for job in jobs])
-
-
-@dataclass(frozen=True, slots=True)
-class _Certainty:
-    """The model's own log-probabilities before a step, for the rows whose job wants them."""
-
-    places: dict[int, int]
-    logprobs: torch.Tensor | None
-    top: Any = None
-
-    @classmethod
-    def of(cls, decoder: Decoder, answers: Sequence[_Answer]) -> _Certainty:
-        asked = [answer for answer in answers if answer.job.num_top is not None]
-        if not asked:
-            return cls({}, None)
-        logprobs = torch.log_softmax(decoder.logits([answer.row for answer in asked]), -1)  # (r,V)
-        most = max(answer.job.num_top or 0 for answer in asked)
-        top = logprobs.topk(most) if most else None
-        values = (top.indices.tolist(), top.values.tolist()) if top else None
-        numbers = {id(answer.row): number for number, answer in enumerate(asked)}
-        counts = [answer.job.num_top or 0 for answer in asked]
-        return cls(numbers, logprobs, (values, counts))
-
-    def about(self, row: Row, token: int) -> tuple[float | None, tuple[tuple[int, float], ...]]:
-        """The log-probability of the token that was drawn, and the likeliest ones."""
-        number = self.places.get(id(row))
-        if number is None or self.logprobs is None:
-            return None, ()
-        values, counts = self.top
-        pairs = zip(values[0][number], values[1][number], strict=True) if values else ()
-        return self.logprobs[number, token].item(), tuple(pairs)[: counts[number]]
-
-
-def _shares(logits: torch.Tensor) -> tuple[float, ...]:
-    return tuple(torch.softmax(logits.float(), -1).tolist())
 
 
 def _extent(engine: Engine, max_rows: int) -> Extent:

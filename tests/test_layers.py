@@ -12,7 +12,7 @@ LAYERS = [
     "architecture gpt head optim updates execution cloud",
     "checkpoint_manager checkpoints legacy dataloader packing engine decoder rows kv_cache sampling transcript jobs",
     "train rl policy_gradient shared_prefix letters attention accuracy evaluate core_eval",
-    "stage telemetry serving",
+    "stage telemetry insight serving",
     "guards api_schema answering streaming openai_routes web report report_text figures",
 ]
 RIM = {  # package -> the only modules that may import it
