@@ -143,6 +143,8 @@ class Scheduler:
     # ---- the thread --------------------------------------------------------------------------------------------------
 
     def _run(self) -> None:
+        if self.engine.model.device.type == "cuda":
+            torch.cuda.set_device(self.engine.model.device)  # a thread of its own begins with the first GPU
         while not self._closing:
             try:
                 with self.engine.decoder(self.extent, check_every=1) as decoder:

@@ -14,6 +14,7 @@ It listens on this machine alone unless told otherwise, and a public interface n
 
 from __future__ import annotations
 
+import contextlib
 import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
@@ -97,7 +98,10 @@ def main(config: Config) -> None:
     server = uvicorn.Config(
         app, log_level="warning", access_log=False, timeout_graceful_shutdown=3, server_header=False, h11_max_incomplete_event_size=65_536
     )  # fmt: skip
-    uvicorn.Server(server).run(sockets=[listening])
+    with contextlib.suppress(
+        KeyboardInterrupt
+    ):  # uvicorn has ended in good order by then, and raises it once more
+        uvicorn.Server(server).run(sockets=[listening])
 
 
 def bind(host: str, port: int) -> Any:
