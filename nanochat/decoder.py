@@ -122,6 +122,38 @@ class Decoder:
         return finished
 
     @torch.inference_mode()
+    def logits(self, rows: Sequence[Row]) -> Tensor:
+        """The model's own logits (r,V) in fp32 for the next token of these rows, before temperature and top-k."""
+        self._settle()
+        return self.model.logits(self.state["hidden"][self._places(rows)])
+
+    @torch.inference_mode()
+    def peek(self, rows: Sequence[Row], ahead: Sequence[Sequence[int]]) -> Tensor:
+        """The logits (r,V) that would follow if each of these rows went on with the tokens of `ahead`; none of them does."""
+        self._settle()
+        places, smear, device = self._places(rows), self.model.config.smear, self.model.device
+        before = [[*row.request.prompt, *row.ids] for row in rows]
+        longest = max(map(len, ahead))
+        ids = torch.tensor([[*tokens, *[0] * (longest - len(tokens))] for tokens in ahead], device=device)
+        context = None
+        if smear:
+            whole = [past + tokens for past, tokens in zip(before, ids.tolist(), strict=True)]
+            tails = [[_context(row[: at - longest], smear) for at in range(longest)] for row in whole]
+            context = torch.tensor(tails, device=device)
+        starts = torch.tensor(list(map(len, before)), device=device)
+        owners = [self.owners[place] for place in places]
+        prompts = [len(row.request.prompt) for row in rows]
+        attend = self.cache.peek_attend(places, owners, prompts, [len(row.ids) for row in rows])
+        positions = starts[:, None] + torch.arange(longest, device=device)
+        hidden = self.model.hidden(ids, positions=positions, context=context, attend=attend)  # (r,T,D)
+        last = torch.tensor([len(tokens) - 1 for tokens in ahead], device=device)
+        return self.model.logits(hidden[torch.arange(len(rows), device=device), last])
+
+    def _places(self, rows: Sequence[Row]) -> list[int]:
+        number_of = {id(row): number for number, row in enumerate(self.rows)}
+        return [number_of[id(row)] for row in rows]
+
+    @torch.inference_mode()
     def drop(self, rows: Sequence[Row]) -> None:
         """Remove rows, finished or not: the last ones move into their places, and so do questions without rows."""
         if not rows:

@@ -85,7 +85,7 @@ class Engine:
             raise UserError(f"{len(seeds)} seeds for {len(prompts)} prompts: give one seed per prompt")
         sampling = Sampling(temperature, top_k, top_p)
         requests = [
-            self._request(
+            self.request(
                 prompt, seed, range(num_samples), max_tokens, sampling, forbid_first, use_tools, index
             )
             for index, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True))
@@ -114,7 +114,7 @@ class Engine:
     ) -> Iterator[tuple[int, float]]:
         """The tokens of one completion as they come, each with its log-probability; the same as generate's sample 0."""
         sampling = Sampling(temperature, top_k, top_p)
-        request = self._request(prompt, seed, range(1), max_tokens, sampling, forbid_first, use_tools, 0)
+        request = self.request(prompt, seed, range(1), max_tokens, sampling, forbid_first, use_tools, 0)
         return self._stream(request)
 
     def _stream(self, request: Request) -> Iterator[tuple[int, float]]:
@@ -161,7 +161,7 @@ class Engine:
             matrix.weight = nn.Parameter(cast, requires_grad=False)
         return policy
 
-    def _request(
+    def request(
         self,
         prompt: Sequence[int],
         seed: int,

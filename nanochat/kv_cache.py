@@ -27,6 +27,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from nanochat.common import UserError
@@ -100,6 +101,53 @@ class KVCache:
         for source, target in zip(sources, targets, strict=True):
             for store in (self.suffix_k, self.suffix_v):
                 store[:, :chunks, target] = store[:, :chunks, source]
+
+    def peek_attend(
+        self, rows: Sequence[int], questions: Sequence[int], prompts: Sequence[int], written: Sequence[int]
+    ) -> Attend:
+        """
+        Attention of tokens (B,T) that go on from `rows` and are not stored: a look ahead that leaves no trace.
+
+        `questions`, `prompts` and `written` (B,) say of each row its question's place, that prompt's length and how
+        many positions of its completion are stored. Tokens are padded on the right.
+        """
+        lengths = [prompt + done for prompt, done in zip(prompts, written, strict=True)]
+        places = list(zip(rows, questions, prompts, written, lengths, strict=True))
+        masks: dict[int | None, Tensor] = {}
+
+        def stored(prefix: Tensor, suffix: Tensor, new: Tensor) -> Tensor:
+            """Keys or values (B,G,longest+T,hd): what is stored, padding up to the longest, what is new."""
+            whole = new.new_zeros(len(rows), new.size(2), max(lengths) + new.size(1), new.size(3))
+            for number, (row, question, prompt, done, length) in enumerate(places):
+                whole[number, :, :prompt] = prefix[question, :, :prompt]
+                whole[number, :, prompt:length] = suffix[:, row].transpose(0, 1).flatten(1, 2)[:, :done]
+            whole[:, :, max(lengths) :] = new.transpose(1, 2)
+            return whole
+
+        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            window = self.config.window(layer)
+            if window not in masks:
+                masks[window] = _peek_mask(torch.tensor(lengths, device=q.device), q.size(1), window)
+            keys = stored(self.prefix_k[layer], self.suffix_k[layer], k)
+            values = stored(self.prefix_v[layer], self.suffix_v[layer], v)
+            grouped = q.size(2) != k.size(2)
+            y = F.scaled_dot_product_attention(
+                q.transpose(1, 2), keys, values, attn_mask=masks[window], enable_gqa=grouped
+            )
+            return y.transpose(1, 2)
+
+        return attend
+
+
+def _peek_mask(lengths: Tensor, new: int, window: int | None) -> Tensor:
+    """Where (B,1,T,longest+T) each of `new` tokens after rows of `lengths` (B,) may look."""
+    longest = int(lengths.max())
+    place = torch.arange(longest, device=lengths.device).expand(len(lengths), -1)  # (B,longest)
+    ahead = lengths[:, None] + torch.arange(new, device=lengths.device)  # (B,T)
+    there = torch.cat([place < lengths[:, None], torch.ones_like(ahead, dtype=torch.bool)], dim=1)
+    behind = ahead[:, :, None] - torch.cat([place, ahead], dim=1)[:, None, :]  # (B,T,longest+T)
+    mask = there[:, None, :] & (behind >= 0)
+    return (mask if window is None else mask & (behind < window)).unsqueeze(1)
 
 
 @dataclass(frozen=True, slots=True)

@@ -171,7 +171,7 @@ def _choose_among_kept(
     weights = _weights_(kept, sampling, softcap, temperature=sampling.temperature)
     if sampling.top_p < 1.0:
         before = weights.cumsum(-1) - weights
-        before[:, 0] = 0.0  # exactly, so that the likeliest token always stays
+        before[:, 0] = -1.0  # the likeliest token always stays, even where top_p is too small for fp32
         weights = weights.masked_fill_(before >= sampling.top_p * weights.sum(-1, keepdim=True), 0.0)
     slots, total = draw(weights, uniform(keys, positions))
     return ids.gather(1, slots.unsqueeze(1)).squeeze(1), _logprobs(weights, slots, total)

@@ -607,3 +607,38 @@ def test_the_benchmark_runs_and_finds_the_same_greedy_output(
         (depth, rows) for depth in (1, 2) for rows in ("fixed", "ending")
     ]
     assert all(result["same_greedy"] == 1.0 and result["ratio"] > 0 for result in results)
+
+
+# --- looking without touching ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
+def test_looking_ahead_gives_the_plain_forwards_logits_and_leaves_no_trace(shape: dict[str, Any]) -> None:
+    model, prompts = make_model(**shape), make_prompts(4)
+    engine, ahead = make_engine(model), [[20, 21, 22], [23], [24, 25], [26, 27, 28, 29]]
+    looks = 0
+
+    def run(*, look: bool) -> list[tuple[int, int, list[int], list[float]]]:
+        nonlocal looks
+        requests = [Request(prompt, i, range(2), 20, Sampling(), index=i) for i, prompt in enumerate(prompts)]
+        finished = []
+        with engine.decoder(Extent(4, 40, 8, 21, chunk=4), check_every=1) as decoder:
+            decoder.admit(requests)
+            while decoder.rows:
+                rows = [row for row in decoder.rows if row.sample][:4]
+                if look and rows and len(rows[0].ids) % 3 == 0:
+                    tokens = ahead[: len(rows)]
+                    for row, more, peeked, own in zip(
+                        rows, tokens, decoder.peek(rows, tokens), decoder.logits(rows), strict=True
+                    ):
+                        whole = torch.tensor([[*row.request.prompt, *row.ids, *more]])
+                        with torch.no_grad():
+                            plain = model.logits(model.hidden(whole)[0])
+                        torch.testing.assert_close(peeked, plain[-1], rtol=0, atol=1e-5)
+                        torch.testing.assert_close(own, plain[-1 - len(more)], rtol=0, atol=1e-5)
+                    looks += 1
+                finished += decoder.step()
+        return [(row.request.index, row.sample, row.ids, row.logprobs) for row in finished]
+
+    assert run(look=True) == run(look=False), "to the last bit"
+    assert looks >= 3

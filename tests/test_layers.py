@@ -10,17 +10,20 @@ LAYERS = [
     "common config schedule interruption locks",
     "tokenizer tokenizer_files conversation dataset shards tracking provenance run_files calculator statistics metrics",
     "architecture gpt head optim updates execution cloud",
-    "checkpoint_manager checkpoint_writer checkpoints legacy dataloader packing engine decoder rows kv_cache sampling",
+    "checkpoint_manager checkpoint_writer checkpoints legacy dataloader packing engine decoder rows kv_cache sampling "
+    "transcript jobs",
     "train rl policy_gradient shared_prefix letters attention accuracy evaluate core_eval",
-    "stage telemetry",
+    "stage telemetry insight serving",
     "report_text figures",
     "run_record rl_gain",
-    "web report",
+    "guards api_schema answering streaming openai_routes web report",
 ]
 RIM = {  # package -> the only modules that may import it
     "wandb": {"tracking"},
     "requests": {"cloud", "dataset"},
-    "fastapi": {"web"},
+    "fastapi": {"web", "openai_routes"},
+    "starlette": {"web", "openai_routes", "streaming"},
+    "pydantic": {"api_schema"},
     "treescope": {"attention"},
     "datasets": {"common"},
 }

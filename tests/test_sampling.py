@@ -176,9 +176,10 @@ def test_greedy_takes_the_best_of_what_is_not_banned() -> None:
     torch.testing.assert_close(logprobs[0], exact, rtol=0, atol=1e-6)
 
 
-def test_top_p_always_keeps_the_likeliest_token() -> None:
+@pytest.mark.parametrize("top_p", [1e-6, 5e-324])
+def test_top_p_always_keeps_the_likeliest_token(top_p: float) -> None:
     raw = torch.tensor([[0.0, 9.0, 0.0]]).repeat(100, 1)
-    tokens, logprobs = choose(raw, keys(100), zeros(100), Sampling(top_p=1e-6), softcap=15.0)
+    tokens, logprobs = choose(raw, keys(100), zeros(100), Sampling(top_p=top_p), softcap=15.0)
     assert (tokens == 1).all() and (logprobs == 0).all()
 
 

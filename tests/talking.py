@@ -1,0 +1,131 @@
+"""A model that has something to say, and a server around it: trained in seconds to answer a few questions by heart."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from functools import cache
+from typing import Any
+
+import torch
+import uvicorn
+
+from nanochat.answering import Defaults, Exam, Host
+from nanochat.engine import Engine
+from nanochat.gpt import GPT, GPTConfig
+from nanochat.guards import Access
+from nanochat.serving import Pool, Scheduler
+from nanochat.tokenizer import Tokenizer
+from nanochat.web import create_app
+from tests.small import tiny_tokenizer
+
+HELLO = {
+    "messages": [
+        {"role": "user", "content": "hello"},
+        {"role": "assistant", "content": "Hi! I add up. 1€ + 1€ = 2€"},
+    ]
+}
+QUESTIONS = (
+    ("Pens cost 3 each. What do 4 cost?", ("7", "10", "12", "14", "43"), "C", "One costs 3.\n4 * 3 = 12."),
+    ("A train goes 60 km in 2 hours. Its speed?", ("20", "30", "58", "62", "120"), "B", "Speed is way by time.\n60 / 2 = 30."),
+    ("What is 10 % of 50?", ("5", "10", "15", "40", "60"), "A", "A tenth of 50.\n50 / 10 = 5."),
+)  # fmt: skip
+
+
+def conversations() -> list[dict[str, Any]]:
+    from tasks.problem import Problem
+
+    return [HELLO, *(Problem(q, options, gold, why).conversation() for q, options, gold, why in QUESTIONS)]
+
+
+@cache
+def talking_model(steps: int = 150) -> tuple[GPT, Tokenizer]:
+    """Two layers of 64, which know the conversations above by heart."""
+    tokenizer = tiny_tokenizer()
+    torch.manual_seed(0)
+    config = GPTConfig.for_depth(
+        2, vocab_size=tokenizer.vocab_size, sequence_len=256, n_embd=64, n_head=2, smear=2
+    )
+    model = GPT(config)
+    rows = [tokenizer.render_conversation(conversation) for conversation in conversations()]
+    length = max(len(ids) for ids, _ in rows)
+    ids = torch.tensor([[*row, *[0] * (length - len(row))] for row, _ in rows])
+    targets = torch.tensor(
+        [
+            [*(token if trained else -1 for token, trained in zip(row[1:], mask[1:], strict=True)), *[-1] * (length - len(row))]
+            for row, mask in rows
+        ]
+    )  # fmt: skip
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    for step in range(steps):
+        loss = model(ids[:, :-1], targets) / (targets >= 0).sum()
+        loss.backward()
+        for group in optimizer.param_groups:
+            group["lr"] = 1e-2 * min(1.0, 2 * (1 - step / steps))
+        optimizer.step()
+        optimizer.zero_grad()
+    return model.eval(), tokenizer
+
+
+def endless_model() -> GPT:
+    """The same model, which never draws a stop token."""
+    known, tokenizer = talking_model()
+    model = copy.deepcopy(known)
+    with torch.no_grad():
+        for name in ("<|assistant_end|>", "<|bos|>"):
+            # Capped logits of such a row are about -15 wherever the others are not all negative.
+            states = model.hidden(torch.tensor([tokenizer.encode("hello", bos=True)]))[0]
+            model.lm_head.weight[tokenizer.special(name)] = -20 * states.mean(0)
+    return model
+
+
+def make_host(
+    *, max_rows: int = 8, max_waiting: int = 64, workers: int = 1, model: GPT | None = None
+) -> Host:
+    """A host of the talking model, or of another with its vocabulary."""
+    from tasks.answers import parse_answer
+    from tasks.asked import read_question
+
+    known, tokenizer = talking_model()
+    pool = Pool(
+        [
+            Scheduler(Engine(model or known, tokenizer), max_rows=max_rows, max_waiting=max_waiting)
+            for _ in range(workers)
+        ]
+    )
+    from scripts.chat_web import gallery_entry
+
+    gallery = [gallery_entry(conversation) for conversation in conversations()[1:]]
+    exam = Exam(read_question, parse_answer, gallery, "three questions")
+    return Host(pool, "nanochat-test-d2", "test", 150, Defaults(0.0, 0, 1.0, 128), exam)
+
+
+@contextlib.contextmanager
+def serving(host: Host, access: Access | None = None) -> Iterator[str]:
+    """The app on a free port of this machine, in a thread; its address."""
+    listening = socket.socket()
+    listening.bind(("127.0.0.1", 0))
+    listening.listen(1024)
+    config = uvicorn.Config(
+        create_app(host, access),
+        log_level="warning",
+        access_log=False,
+        log_config=None,
+        timeout_graceful_shutdown=1,
+    )
+    server = uvicorn.Server(config)
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)
+    thread.start()
+    while not server.started and thread.is_alive():
+        time.sleep(0.01)
+    try:
+        yield f"http://127.0.0.1:{listening.getsockname()[1]}"
+    finally:
+        server.should_exit = True
+        thread.join(timeout=20)
+        listening.close()
+        assert not thread.is_alive(), "the server did not end"
