@@ -361,8 +361,8 @@ def test_every_curve_of_a_dashboard_is_described() -> None:
         for name in panel.metrics
     }
     assert [name for name in names if not describe(name)] == []
-    assert all(text.endswith((".", ";")) for text in METRICS.values())
-    assert describe("attn/entropy_layer/7") == METRICS["attn/entropy_layer/*"]
+    assert all(metric.healthy.endswith(".") for metric in METRICS.values())
+    assert describe("attn/entropy_layer/7") == METRICS["attn/entropy_layer/*"].healthy
     assert describe("nothing/such") == ""
 
 
