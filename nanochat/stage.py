@@ -20,8 +20,7 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from datetime import datetime
-from itertools import islice
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
@@ -29,17 +28,14 @@ from nanochat import checkpoint_manager, checkpoints
 from nanochat.checkpoint_manager import PendingSave
 from nanochat.checkpoints import Checkpoint
 from nanochat.common import UserError, World, print0
-from nanochat.config import ConversationConfig, StageConfig, TrainConfig
-from nanochat.dataloader import ConversationBatches, conversation_batches, document_batches, merge_states
-from nanochat.dataset import open_texts
-from nanochat.evaluate import bits_per_byte
+from nanochat.config import StageConfig
+from nanochat.dataloader import merge_states
 from nanochat.gpt import GPT
 from nanochat.interruption import Stopped, StopRequests
 from nanochat.locks import exclusive
-from nanochat.optim import MuonAdamW, make_optimizer
-from nanochat.tokenizer import Tokenizer
+from nanochat.optim import MuonAdamW
 from nanochat.tracking import Tracker, open_run, run_dir
-from nanochat.train import NonFiniteGuard, Step, next_token_loss, peak_flops
+from nanochat.train import NonFiniteGuard, Step, peak_flops
 
 # Flags that change what is seen of a run, or how it is cut up, but not what it learns.
 OPERATIONAL = {
@@ -58,32 +54,6 @@ def identity(config: StageConfig, parent: dict[str, Any] | None = None) -> str:
 
 def _model_file(meta: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
     return [(name, entry) for name, entry in meta.get("files", {}).items() if name.startswith("model_")]
-
-
-def grad_accum_steps(config: TrainConfig, sequence_len: int, world: World) -> int:
-    """Microbatches of one step on each rank. Raises UserError when the total is no multiple of one round."""
-    round_tokens = config.device_batch_size * sequence_len * world.size
-    if config.device_batch_size < 1:
-        raise UserError(f"--device_batch_size={config.device_batch_size}: a microbatch has at least one row")
-    if config.total_batch_size < 0:
-        return 1
-    count, rest = divmod(config.total_batch_size, round_tokens)
-    if rest or not count:
-        raise UserError(
-            f"--total_batch_size={config.total_batch_size} is no multiple of {round_tokens:,} tokens, one microbatch "
-            f"(--device_batch_size={config.device_batch_size} rows of {sequence_len}) on {world.size} ranks; change one"
-        )
-    return count
-
-
-def supervised_steps(
-    config: ConversationConfig, batches: ConversationBatches, grad_accum: int, world: World
-) -> int:
-    """Steps that were asked for, or as many as --num_epochs passes over the conversations take."""
-    if config.num_iterations >= 0:
-        return config.num_iterations
-    rows_per_step = config.device_batch_size * grad_accum * world.size
-    return max(1, config.num_epochs * batches.num_rows // rows_per_step)
 
 
 class Stage:
@@ -290,13 +260,8 @@ def _own_checkpoint(source: str, tag: str, made_by: str, resume: bool, world: Wo
     if world.main and folder.is_dir() and any(folder.iterdir()):
         aside = folder.with_name(f"{tag}.before-{datetime.now():%Y%m%d-%H%M%S}")
         folder.rename(aside)
-        why = (
-            "--resume=0 starts anew"
-            if not resume
-            else "none of them is whole"
-            if found is None
-            else ("they were made with other settings")
-        )
+        why = "they were made with other settings" if found else "none of them is whole"
+        why = why if resume else "--resume=0 starts anew"
         print0(f"checkpoints of {source} {tag} moved to {aside}: {why}")
     world.barrier()
     return None
@@ -314,79 +279,7 @@ def mfu(model: GPT, tokens_per_second: float, sequence_len: int, world: World) -
     )
 
 
-class Rates(Protocol):
-    """The flags that an optimizer is made from."""
-
-    @property
-    def matrix_lr(self) -> float: ...
-    @property
-    def embedding_lr(self) -> float: ...
-    @property
-    def unembedding_lr(self) -> float: ...
-    @property
-    def scalar_lr(self) -> float: ...
-    @property
-    def weight_decay(self) -> float: ...
-    @property
-    def init_lr_frac(self) -> float: ...
-
-
-def optimizer_for(model: GPT, config: Rates, world: World) -> MuonAdamW:
-    """Muon and AdamW at the rates of the flags, all times --init_lr_frac."""
-    scale = config.init_lr_frac
-    return make_optimizer(
-        model,
-        matrix_lr=config.matrix_lr * scale,
-        embedding_lr=config.embedding_lr * scale,
-        unembedding_lr=config.unembedding_lr * scale,
-        scalar_lr=config.scalar_lr * scale,
-        weight_decay=config.weight_decay,
-        world=world,
-        fuse=world.device.type == "cuda",
-    )
-
-
 def tell(tracker: Tracker, notes: list[tuple[str, str]]) -> None:
     """Print what data was used and what was left out, and keep it for the report."""
     for kind, text in notes:
         tracker.note(kind, text)
-
-
-def text_bpb(
-    model: GPT,
-    tokenizer: Tokenizer,
-    world: World,
-    *,
-    split: str,
-    num_tokens: int,
-    batch_size: int,
-    sequence_len: int,
-) -> float | None:
-    """Bits per byte on the first `num_tokens` of a split of the pretraining text; None where there is no text on disk."""
-    try:
-        texts = open_texts(split)
-    except UserError as error:
-        print0(f"no bits per byte: {error}")
-        return None
-    batches = document_batches(
-        texts, tokenizer, batch_size=batch_size, sequence_len=sequence_len, world=world
-    )
-    count = max(1, num_tokens // (batch_size * sequence_len * world.size))
-    sizes = torch.tensor(tokenizer.num_bytes())
-    return bits_per_byte(model, islice(batches, count), sizes, world)
-
-
-@torch.no_grad()
-def conversation_loss(
-    model: GPT, tokenizer: Tokenizer, task: Any, world: World, *, batch_size: int, sequence_len: int
-) -> float:
-    """Loss per trained token over all of `task`."""
-    batches = conversation_batches(
-        task, tokenizer, batch_size=batch_size, sequence_len=sequence_len, world=world, epochs=1
-    )
-    total = torch.zeros(2, device=world.device)
-    for batch in batches:
-        total[0] += next_token_loss(model, batch.to(world.device))
-        total[1] += batch.num_targets
-    loss, count = world.sum(total).tolist()
-    return loss / count

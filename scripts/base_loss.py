@@ -44,7 +44,7 @@ def main(config: Config) -> None:
     from nanochat.checkpoint_manager import load_model
     from nanochat.common import compute_cleanup, compute_init, print0
     from nanochat.engine import Engine
-    from nanochat.stage import text_bpb
+    from nanochat.supervised import text_bpb
     from nanochat.tracking import open_run
 
     world = compute_init(config.device_type, config.dtype, config.seed)

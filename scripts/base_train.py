@@ -84,7 +84,8 @@ def main(config: Config) -> None:
     from nanochat.dataloader import InTurn, conversation_batches, document_batches
     from nanochat.gpt import GPT
     from nanochat.schedule import trapezoid
-    from nanochat.stage import grad_accum_steps, open_stage, optimizer_for, tell, text_bpb
+    from nanochat.stage import open_stage, tell
+    from nanochat.supervised import grad_accum_steps, optimizer_for, text_bpb
     from nanochat.tokenizer import load_tokenizer
     from nanochat.train import next_token_loss, train_steps
     from tasks.catalog import left_out, pretraining_texts

@@ -337,7 +337,7 @@ def validate(engine: Engine, task: Any, config: Config, world: World) -> dict[st
 def make_rl_optimizer(policy: GPT, config: Config, world: World) -> MuonAdamW:
     """AdamW on everything, or Muon as in the other stages."""
     from nanochat.optim import make_adamw
-    from nanochat.stage import optimizer_for
+    from nanochat.supervised import optimizer_for
 
     if config.optimizer == "adamw":
         return make_adamw(policy, lr=config.learning_rate, world=world, weight_decay=config.weight_decay)

@@ -47,14 +47,8 @@ def main(config: Config) -> None:
     from nanochat.common import compute_cleanup, compute_init
     from nanochat.dataloader import conversation_batches
     from nanochat.schedule import trapezoid
-    from nanochat.stage import (
-        conversation_loss,
-        grad_accum_steps,
-        open_stage,
-        optimizer_for,
-        supervised_steps,
-        tell,
-    )
+    from nanochat.stage import open_stage, tell
+    from nanochat.supervised import conversation_loss, grad_accum_steps, optimizer_for, supervised_steps
     from nanochat.train import next_token_loss, train_steps
     from tasks.catalog import assemble, at_most, problems, sft_parts
 

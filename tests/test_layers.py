@@ -13,7 +13,7 @@ LAYERS = [
     "checkpoint_manager checkpoint_writer checkpoints legacy dataloader packing engine decoder rows kv_cache sampling "
     "transcript jobs",
     "train rl policy_gradient shared_prefix letters attention accuracy evaluate core_eval",
-    "stage telemetry insight serving",
+    "stage supervised telemetry insight serving",
     "report_text figures",
     "run_record rl_gain",
     "guards api_schema answering streaming openai_routes web report",
