@@ -175,19 +175,24 @@ def launch_exactly_once(
     clock: Clock = REAL_CLOCK,
     patience: Patience = PATIENCE,
     looks: int = 6,
+    before: set[str] | None = None,
+    unanswered: list[str] | None = None,
 ) -> Instance:
     """
     Launch `order`, so that one machine runs when this returns and none when it raises.
 
     After a launch that may have happened the account is looked at `looks` times, since a list can lag behind;
     only when the machine is not there is a launch tried again. Refused and NoCapacity are the caller's to handle.
+    `unanswered` collects the attempts of which nobody knows whether they may turn up later.
     """
-    before = {instance.id for instance in provider.instances()}
+    before = {instance.id for instance in provider.instances()} if before is None else before
     for attempt in range(1, LAUNCHES + 1):
         try:
             instance_id = provider.launch(order)
         except (Ambiguous, Unavailable) as error:
             say(f"{provider.name}: {error}; looking whether it was launched all the same")
+            if unanswered is not None:
+                unanswered.append(str(error))
             found = _look(provider, order, before, clock, patience, looks)
             if found is not None:
                 say(f"{provider.name}: it was: {found}")
@@ -309,15 +314,19 @@ def rented(
     """A launched machine, which is given back when the body raises anything at all, unless `keep`."""
     before = {instance.id for instance in provider.instances()}
     instance: Instance | None = None
+    unanswered: list[str] = []
     try:
-        instance = launch_exactly_once(provider, order, clock=clock, patience=patience)
+        instance = launch_exactly_once(
+            provider, order, clock=clock, patience=patience, before=before, unanswered=unanswered
+        )
         say(f"{provider.name}: launched {instance}")
         yield instance
     except BaseException as error:
         if keep and instance is not None:
             say(f"{provider.name}: --keep leaves {instance.id} running, and it costs money")
         elif instance is not None or not isinstance(error, (Refused, NoCapacity)):
-            _give_back(provider, order, instance, before, clock, patience)
+            looks = 3 * patience.attempts if unanswered else 1
+            _give_back(provider, order, instance, before, clock, patience, looks)
         raise
 
 
@@ -328,10 +337,11 @@ def _give_back(
     before: set[str],
     clock: Clock,
     patience: Patience,
+    looks: int,
 ) -> None:
     """Terminate what the order made: the machine we know, or any that launches without an answer left behind."""
     ended: set[str] = set()
-    for look in range(1 if instance else 2 * patience.attempts):
+    for look in range(looks):
         if look:
             clock.sleep(patience.wait_seconds(look))
         ids = {instance.id} if instance else set()

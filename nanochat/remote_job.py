@@ -167,7 +167,9 @@ cd "$directory" && tail -n "$count" "$log"
 """
 
 BASE = """
-cat "$directory/$state/base" 2>/dev/null || printf '%s\\n' "$HOME/.cache/nanochat"
+base=$(cat "$directory/$state/base" 2>/dev/null || printf '%s' "$HOME/.cache/nanochat")
+mkdir -p "$base"  # a run that failed early made nothing, which is no reason for rsync to fail
+printf '%s\\n' "$base"
 """
 
 FOLLOW = """

@@ -266,9 +266,16 @@ def test_a_termination_that_fails_for_good_is_shouted(fake: FakeLambda) -> None:
 
 def test_a_launch_that_dies_undecided_leaves_nothing(fake: FakeLambda) -> None:
     """Every launch is accepted without an answer, and listings lag so far that none is seen while it matters."""
-    fake.faults[LAUNCH], fake.list_lag = ["after"] * 9, 12
+    fake.faults[LAUNCH], fake.list_lag = ["after"] * 9, 19
     with pytest.raises(Ambiguous), rented(provider(fake), order(), clock=fake.clock):
         raise AssertionError("never reached")
+    assert len(fake.instances) == 3
+
+
+def test_a_launch_that_is_found_late_leaves_no_twin_behind_either(fake: FakeLambda) -> None:
+    fake.faults[LAUNCH], fake.list_lag = ["after"] * 9, 12
+    with pytest.raises(RuntimeError), rented(provider(fake), order(), clock=fake.clock):
+        raise RuntimeError
     assert len(fake.instances) == 3
 
 

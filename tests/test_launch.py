@@ -6,13 +6,11 @@ import os
 import re
 import shutil
 import subprocess
-import sys
-import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
-from cloud_fakes import KEY, ROOT, FakeLambda, OtherSide, other_side, repository
+from cloud_fakes import KEY, ROOT, FakeLambda, FastClock, OtherSide, fast_python, other_side, repository
 
 from nanochat.common import UserError
 from nanochat.launcher import with_any
@@ -46,7 +44,7 @@ def side(tmp_path: Path) -> Iterator[OtherSide]:
 @pytest.fixture
 def fake() -> Iterator[FakeLambda]:
     """A served account in real time that must be empty of machines when the test ends."""
-    account = FakeLambda(clock=time)
+    account = FakeLambda(clock=FastClock(), seconds_between=0.5)
     with account.served():
         yield account
     assert account.running == [], "a machine was left running"
@@ -72,9 +70,9 @@ class Laptop:
         }
 
     def run(self, *words: str, simple: bool = False, **more: str) -> subprocess.CompletedProcess[str]:
-        script = ["launch_lambda.py"] if simple else ["-m", "scripts.launch_lambda_training"]
+        program = "launch_lambda.py" if simple else "scripts.launch_lambda_training"
         done = subprocess.run(
-            [sys.executable, *script, *words],
+            fast_python(program, *words),
             cwd=ROOT, env=self.environment(**more), capture_output=True, text=True, timeout=120,
         )  # fmt: skip
         for text in (done.stdout, done.stderr):
@@ -89,7 +87,7 @@ def laptop(tmp_path: Path, fake: FakeLambda, side: OtherSide) -> Laptop:
 
 def starting(tmp_path: Path, driver: str) -> list[str]:
     url = repository(tmp_path / "repository", driver)
-    return ["--ssh-key-name=laptop", "--auto-start", f"--repo-url={url}", "--poll-seconds=0.2", "--max-wait-minutes=0.3"]  # fmt: skip
+    return ["--ssh-key-name=laptop", "--auto-start", f"--repo-url={url}", "--poll-seconds=2", "--max-wait-minutes=6"]  # fmt: skip
 
 
 def no_secret_anywhere(fake: FakeLambda, side: OtherSide) -> None:
@@ -152,8 +150,9 @@ def test_list_types_shows_cents_as_dollars(laptop: Laptop, fake: FakeLambda) -> 
     assert re.search(r"gpu_8x_h100_sxm5 +8 +\$23\.92  -", done.stdout)
 
 
+@pytest.mark.slow
 def test_no_deploy_rents_and_starts_nothing(laptop: Laptop, fake: FakeLambda, side: OtherSide) -> None:
-    done = laptop.run("--no-deploy", "--poll-seconds=0.2", simple=True)
+    done = laptop.run("--no-deploy", "--poll-seconds=2", simple=True)
     assert done.returncode == 0 and not side.checkout.exists()
     assert "ssh " in done.stdout and len(fake.running) == 1
     assert laptop.run("--terminate", simple=True).returncode == 0
@@ -168,33 +167,38 @@ def test_a_driver_that_fails_at_once(tmp_path: Path, laptop: Laptop, fake: FakeL
     assert len(fake.launches) == 1
 
 
+@pytest.mark.slow
 def test_a_machine_without_a_gpu(tmp_path: Path, laptop: Laptop, side: OtherSide) -> None:
     (side.bin / "nvidia-smi").write_text("#!/bin/sh\nexit 9\n")
     done = laptop.run(*starting(tmp_path, LONG))
     assert done.returncode == 1 and "no GPU" in done.stderr
 
 
+@pytest.mark.slow
 def test_a_run_script_that_is_not_in_the_repository(tmp_path: Path, laptop: Laptop) -> None:
     done = laptop.run(*starting(tmp_path, GOOD), "--run-script=nothere.sh")
     assert done.returncode == 1 and "nothere.sh is not in" in done.stderr
 
 
+@pytest.mark.slow
 def test_ssh_that_never_answers(tmp_path: Path, laptop: Laptop, side: OtherSide) -> None:
     (side.log / "ssh_fails").write_text("9999")
-    done = laptop.run(*starting(tmp_path, GOOD), "--max-wait-minutes=0.02")
+    done = laptop.run(*starting(tmp_path, GOOD), "--max-wait-minutes=0.4")
     assert done.returncode == 1 and "ssh cannot connect" in done.stderr
 
 
+@pytest.mark.slow
 def test_ssh_that_answers_late(laptop: Laptop, side: OtherSide) -> None:
     (side.log / "ssh_fails").write_text("2")
-    assert laptop.run("--ssh-key-name=laptop", "--poll-seconds=0.2").returncode == 0
+    assert laptop.run("--ssh-key-name=laptop", "--poll-seconds=2").returncode == 0
     assert laptop.run("--terminate").returncode == 0
 
 
+@pytest.mark.slow
 def test_another_host_key_than_at_first_contact_is_refused(
     tmp_path: Path, laptop: Laptop, side: OtherSide
 ) -> None:
-    assert laptop.run("--ssh-key-name=laptop", "--poll-seconds=0.2").returncode == 0
+    assert laptop.run("--ssh-key-name=laptop", "--poll-seconds=2").returncode == 0
     assert "StrictHostKeyChecking=accept-new" in side.argv
     (side.log / "host_key").write_text("fake ssh-ed25519 SOMEBODYELSE")
     status = laptop.run("--status")
@@ -205,13 +209,7 @@ def test_another_host_key_than_at_first_contact_is_refused(
 
 def test_a_killed_launcher_gives_the_machine_back(tmp_path: Path, laptop: Laptop, fake: FakeLambda) -> None:
     fake.polls_until_active = 10**6
-    words = [
-        sys.executable,
-        "-m",
-        "scripts.launch_lambda_training",
-        "--ssh-key-name=laptop",
-        "--poll-seconds=0.2",
-    ]
+    words = fast_python("scripts.launch_lambda_training", "--ssh-key-name=laptop")
     running = subprocess.Popen(words, cwd=ROOT, env=laptop.environment(), stderr=subprocess.PIPE, text=True)
     assert running.stderr is not None
     for line in running.stderr:
@@ -222,12 +220,14 @@ def test_a_killed_launcher_gives_the_machine_back(tmp_path: Path, laptop: Laptop
     assert running.returncode == 143 and "is terminated" in rest
 
 
+@pytest.mark.slow
 def test_keep_leaves_it_and_says_what_it_costs(tmp_path: Path, laptop: Laptop, fake: FakeLambda) -> None:
     done = laptop.run(*starting(tmp_path, BAD), "--keep")
     assert done.returncode == 1 and "costs money" in done.stderr and len(fake.running) == 1
     assert laptop.run("--terminate").returncode == 0
 
 
+@pytest.mark.slow
 def test_results_that_cannot_be_brought_home_are_not_thrown_away(tmp_path: Path, laptop: Laptop, fake: FakeLambda, side: OtherSide) -> None:  # fmt: skip
     (side.bin / "rsync").write_text("#!/bin/sh\nexit 3\n")
     (side.bin / "rsync").chmod(0o755)
@@ -236,9 +236,10 @@ def test_results_that_cannot_be_brought_home_are_not_thrown_away(tmp_path: Path,
         done.returncode == 1 and "IS LEFT RUNNING AND COSTS MONEY" in done.stderr and len(fake.running) == 1
     )
     (side.bin / "rsync").unlink()
-    assert laptop.run("--attach", "--terminate-when-done", "--poll-seconds=0.2").returncode == 0
+    assert laptop.run("--attach", "--terminate-when-done", "--poll-seconds=2").returncode == 0
 
 
+@pytest.mark.slow
 def test_a_failed_run_is_fetched_and_terminated_and_its_code_returned(tmp_path: Path, laptop: Laptop) -> None:
     driver = 'echo working; mkdir -p "$NANOCHAT_BASE_DIR/runs/r"; echo 1 >"$NANOCHAT_BASE_DIR/runs/r/x"; sleep 3; exit 9\n'
     done = laptop.run(*starting(tmp_path, driver), "--terminate-when-done")
@@ -247,8 +248,9 @@ def test_a_failed_run_is_fetched_and_terminated_and_its_code_returned(tmp_path: 
     )
 
 
+@pytest.mark.slow
 def test_max_hours_ends_a_run_that_does_not(tmp_path: Path, laptop: Laptop) -> None:
-    done = laptop.run(*starting(tmp_path, LONG), "--terminate-when-done", "--max-hours=0.0005")
+    done = laptop.run(*starting(tmp_path, LONG), "--terminate-when-done", "--max-hours=0.01")
     assert done.returncode == 1 and "--max-hours" in done.stderr and "is terminated" in done.stderr
 
 
@@ -260,7 +262,7 @@ def test_auto_goes_to_the_next_region_when_one_is_lost(laptop: Laptop, fake: Fak
         (400, "instance-operations/launch/insufficient-capacity")
     ]
     fake.launch_times = []
-    done = laptop.run("--poll-seconds=0.2")
+    done = laptop.run("--poll-seconds=2")
     assert done.returncode == 0, done.stderr
     assert [body["region_name"] for body in fake.launches] == ["us-east-1", "us-west-1"]
     assert laptop.run("--terminate").returncode == 0
@@ -312,7 +314,7 @@ def test_the_plan_prices_the_run_and_rents_nothing(laptop: Laptop, fake: FakeLam
         (["--env=DEPTH"], "write --env NAME=VALUE"),
         (["--repo-url=https://user:token@host/x.git"], "--repo-url holds a user or a token"),
         (["--tmux-session=a b"], "--tmux-session=a b"),
-        (["--identity-file=/no/such/key", "--poll-seconds=0.2"], "is not a file"),
+        (["--identity-file=/no/such/key", "--poll-seconds=2"], "is not a file"),
         (["--terminate=nobody"], "no machine nobody"),
         (["--max-price=-3"], "not negative"),
     ],
