@@ -105,7 +105,7 @@ def checkpoint_files(config: Config, scratch: Path) -> tuple[list[Staged], dict[
     return files, meta, exported
 
 
-def release(config: Config, scratch: Path, root: Path = ROOT) -> list[Staged]:
+def release(config: Config, scratch: Path, root: Path) -> list[Staged]:
     """Every file of the release, the card among them."""
     readme, files = documents(config, root)
     meta, exported, results = None, False, {}
@@ -153,7 +153,7 @@ def main(config: Config) -> None:
     """Gather, and push unless told otherwise."""
     folder = Path(config.release_dir) if Path(config.release_dir).is_absolute() else ROOT / config.release_dir
     with tempfile.TemporaryDirectory() as scratch:
-        files = release(config, Path(scratch) / "checkpoint")
+        files = release(config, Path(scratch) / "checkpoint", ROOT)
         for file in files:
             print(f"{size_of(file):>14,}  {file.name}")
         print(f"{len(files)} files, {sum(map(size_of, files)) / 1e6:,.1f} MB, for {config.repo_id}")
