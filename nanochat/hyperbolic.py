@@ -71,15 +71,15 @@ class Hyperbolic:
 
     @classmethod
     def from_environment(
-        cls, *, num_gpus: int, version: Version, environment: Mapping[str, str] = os.environ
+        cls, *, num_gpus: int, version: Version, env: Mapping[str, str] = os.environ
     ) -> Hyperbolic:
         """With HYPERBOLIC_API_KEY, at HYPERBOLIC_API_BASE where that is set."""
-        key = environment.get("HYPERBOLIC_API_KEY") or ""
+        key = env.get("HYPERBOLIC_API_KEY") or ""
         if not key:
             raise UserError(
                 "HYPERBOLIC_API_KEY is not set; make a key at https://app.hyperbolic.ai, put it into .env"
             )
-        base = environment.get("HYPERBOLIC_API_BASE") or API_BASE
+        base = env.get("HYPERBOLIC_API_BASE") or API_BASE
         return cls(key, num_gpus=num_gpus, version=version, base_url=base)
 
     def offers(self) -> list[Offer]:
@@ -166,8 +166,9 @@ def _records(answer: Any) -> list[dict[str, Any]]:
 
 def _flat(record: Mapping[str, Any]) -> dict[str, Any]:
     """A record with what stands under "instance" and "meta" beside the rest; the outer word wins, ids apart."""
-    inner = record.get("instance") if isinstance(record.get("instance"), dict) else {}
-    meta = record.get("meta") if isinstance(record.get("meta"), dict) else {}
+    inner, meta = (
+        dict(part) if isinstance(part := record.get(name), dict) else {} for name in ("instance", "meta")
+    )
     return {**meta, **inner, **{k: v for k, v in record.items() if k not in ("instance", "meta")}}
 
 

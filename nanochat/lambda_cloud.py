@@ -77,14 +77,14 @@ class LambdaCloud:
         )
 
     @classmethod
-    def from_environment(cls, environment: Mapping[str, str] = os.environ) -> LambdaCloud:
+    def from_environment(cls, env: Mapping[str, str] = os.environ) -> LambdaCloud:
         """With LAMBDA_API_KEY, at LAMBDA_API_BASE where that is set."""
-        key = environment.get("LAMBDA_API_KEY") or ""
+        key = env.get("LAMBDA_API_KEY") or ""
         if not key:
             raise UserError(
                 "LAMBDA_API_KEY is not set; make a key at https://cloud.lambda.ai/api-keys, put it into .env"
             )
-        return cls(key, base_url=environment.get("LAMBDA_API_BASE") or API_BASE)
+        return cls(key, base_url=env.get("LAMBDA_API_BASE") or API_BASE)
 
     def offers(self) -> list[Offer]:
         """Every instance type with its price and the regions that have one free."""

@@ -3,8 +3,13 @@
 # Numbers come from scripts/presets.py through scripts/plan.py, and from environment variables of the same names.
 # A stage is skipped when its marker says that it finished with these very settings, after stages that did; so the same
 # command takes up where it stopped. DRY_RUN=1 prints plan and commands; FORCE=1 starts every stage again.
+#
+# Several machines: NNODES, NODE_RANK and MASTER_ADDR (MASTER_PORT, default 29500) on each, NANOCHAT_BASE_DIR on storage that
+# all of them see. Node 0 decides what to skip and runs what needs one process; the others follow (scripts/nodes.py).
 # shellcheck shell=bash
 
+: "${NNODES:=1}" "${NODE_RANK:=0}" "${MASTER_ADDR:=127.0.0.1}" "${MASTER_PORT:=29500}"
+export NNODES NODE_RANK MASTER_ADDR MASTER_PORT
 : "${NANOCHAT_BASE_DIR:=$HOME/.cache/nanochat}"
 export RUN NANOCHAT_BASE_DIR PYTHONUNBUFFERED=1
 
@@ -39,13 +44,23 @@ have_shards() {
   [ -e "${files[0]}" ] || [ -e "${files[${#files[@]} - 1]}" ]
 }
 
+# What node 0 says, on every node.
+agree() { # agree NAME VALUE
+  if [ "$NNODES" -gt 1 ]; then "$PYTHON" -m scripts.nodes "$1" -- "$2"; else printf '%s\n' "$2"; fi
+}
+
 # stage NAME after=STAGE,... single|ranks MODULE flags...
 stage() {
-  local name=$1 after=${2#after=} how=$3 module=$4 began=$SECONDS status=0 key marker log command
+  local name=$1 after=${2#after=} how=$3 module=$4 began=$SECONDS status=0 decision=run key marker log command
   shift 4
   command=("$PYTHON" -m "$module" "$@")
-  if [ "$how" = ranks ] && [ "$NPROC" -gt 1 ]; then
+  if [ "$how" = ranks ] && [ "$NNODES" -gt 1 ]; then
+    command=(torchrun --nnodes="$NNODES" --node_rank="$NODE_RANK" --master_addr="$MASTER_ADDR"
+      --master_port="$MASTER_PORT" --nproc_per_node="$NPROC" -m "$module" -- "$@")
+  elif [ "$how" = ranks ] && [ "$NPROC" -gt 1 ]; then
     command=(torchrun --standalone --nproc_per_node="$NPROC" -m "$module" -- "$@")
+  elif [ "$NNODES" -gt 1 ]; then
+    command=("$PYTHON" -m scripts.nodes "$name" --run -- "${command[@]}")
   fi
   key=$(marker_key "$name" "$after" "$module" "$@")
   printf -v "KEY_$name" '%s' "$key"
@@ -57,8 +72,11 @@ stage() {
   fi
   # The tokenizer is shared by all models of the base directory; everything else belongs to one model tag.
   marker=$MARKERS/$MODEL_TAG/$name log=$LOGS/$name.log
+  [ "$NODE_RANK" = 0 ] || log=$LOGS/$name.node$NODE_RANK.log
   case "$name" in tok_*) marker=$MARKERS/$name ;; esac
-  if [ -z "${FORCE:-}" ] && [ "$name" != report ] && [ "$(cat "$marker" 2>/dev/null)" = "$key" ]; then
+  [ -n "${FORCE:-}" ] || [ "$name" = report ] || [ "$(cat "$marker" 2>/dev/null)" != "$key" ] || decision=skip
+  decision=$(agree "$name" "$decision") || return
+  if [ "$decision" = skip ]; then
     printf '== %s: finished earlier with these settings\n' "$name"
     return
   fi
@@ -71,7 +89,7 @@ stage() {
   } | tee -a "$log"
   "${command[@]}" </dev/null 2>&1 | tee -a "$log" || status=$?
   [ "$status" = 0 ] || return "$status"
-  printf '%s\n' "$key" >"$marker"
+  [ "$NODE_RANK" != 0 ] || printf '%s\n' "$key" >"$marker"
   printf '== %s: finished in %d s\n' "$name" $((SECONDS - began)) | tee -a "$log"
 }
 
@@ -82,13 +100,24 @@ need() {
   [ "$status" != 0 ] || return 0
   say ""
   say "error: stage $1 failed with exit code $status; the last lines of its log:"
-  tail -n 15 "$LOGS/$1.log" | sed 's/^/    /' >&2
+  tail -n 15 "$LOGS/$1$([ "$NODE_RANK" = 0 ] || echo ".node$NODE_RANK").log" | sed 's/^/    /' >&2
   say "whole log:  $LOGS/$1.log"
   say "to go on:   $TO_GO_ON"
   exit "$status"
 }
 
 trap 'say ""; say "interrupted; to go on: $TO_GO_ON"; exit 130' INT
+
+# Every node must see the folder that node 0 writes to.
+if [ "$NNODES" -gt 1 ] && [ -z "${DRY_RUN:-}" ]; then
+  mkdir -p "$NANOCHAT_BASE_DIR"
+  [ "$NODE_RANK" != 0 ] || date +%s%N >"$NANOCHAT_BASE_DIR/.nodes"
+  seen=$(agree nodes "$(cat "$NANOCHAT_BASE_DIR/.nodes" 2>/dev/null)") || exit
+  [ "$(cat "$NANOCHAT_BASE_DIR/.nodes" 2>/dev/null)" = "$seen" ] ||
+    die "node $NODE_RANK does not see node 0's NANOCHAT_BASE_DIR=$NANOCHAT_BASE_DIR; put it on shared storage"
+  # What one node finds, the data or the network, must count for all: their commands have to be the same.
+  AQUA_ROWS=$(agree aqua "$AQUA_ROWS") NETWORK=$(agree network "$NETWORK") || exit
+fi
 
 # Flags that every stage with a model knows; an empty knob leaves its flag to the stage.
 common=(--run="$RUN" --seed="$SEED" --model_tag="$MODEL_TAG"

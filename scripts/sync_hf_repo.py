@@ -13,6 +13,7 @@ what this run measured. A model that transformers can compute is exported for it
 from __future__ import annotations
 
 import json
+import os
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -131,7 +132,7 @@ def push(config: Config, folder: Path, names: list[str]) -> str:
         from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
     except ImportError:
         raise UserError("huggingface_hub is missing; install it with: uv sync --inexact --extra hf") from None
-    hub = HfApi()
+    hub = HfApi(token=os.environ.get("HF_TOKEN") or None)
     try:
         hub.create_repo(
             config.repo_id, repo_type=config.repo_type, private=config.private or None, exist_ok=True
