@@ -37,7 +37,7 @@ ALL = [(document, command) for document in DOCUMENTS for command in commands(doc
     ("document", "command"), [c for c in ALL if c[1].startswith("python ")], ids=lambda x: x[:60]
 )
 def test_python_commands_take_their_flags(document: str, command: str) -> None:
-    words = shlex.split(command)[1:]
+    words = shlex.split(command, comments=True)[1:]
     words = words[: words.index("&&")] if "&&" in words else words
     name = words[1] if words[0] == "-m" else words[0].removesuffix(".py")
     rest = words[2:] if words[0] == "-m" else words[1:]
