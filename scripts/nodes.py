@@ -5,67 +5,104 @@ Agreement among the nodes of one run, for scripts/pipeline.sh. Node 0 decides, t
     python -m scripts.nodes NAME --run -- COMMAND    node 0 runs COMMAND; every node exits with its exit code
 
 NNODES, NODE_RANK, MASTER_ADDR and MASTER_PORT say who is who; the meeting place is MASTER_PORT + 1, since torchrun has
-MASTER_PORT. Nothing is kept on disk, so an earlier attempt cannot be mistaken for this one, and a node that dies is
-noticed at once, by the connection that breaks: it must not leave the others waiting at a price.
+MASTER_PORT. Nothing is kept on disk, so an earlier attempt cannot be mistaken for this one, and the others wait on an open
+connection: when node 0 dies it breaks, and they end within a minute instead of waiting at a price. Plain sockets and no
+torch, because this runs before every stage.
 """
 
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import sys
-from datetime import timedelta
+import time
 
 from nanochat.common import UserError
 
-MEETING_SECONDS = 1800  # nodes boot and install at their own pace
-STAGE_HOURS = 48
+MEETING_SECONDS = 1800.0  # nodes boot and install at their own pace
+GONE_SECONDS = 60.0  # longest that node 0 takes from one meeting to the next
+AGAIN = "again"
 
 
-def agree(
-    name: str, words: list[str], *, run: bool, rank: int, size: int, host: str, port: int
-) -> tuple[str, int]:
-    """(what node 0 says, exit code). Raises UserError when the others do not come, or are gone."""
-    import torch.distributed as dist
-
-    if rank == 0:
-        store = dist.TCPStore(host, port, size, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=MEETING_SECONDS))  # fmt: skip
+def lead(name: str, words: list[str], *, run: bool, size: int, host: str, port: int) -> tuple[str, int]:
+    """Node 0: do it, and tell every other node; (what was said, exit code). Raises UserError when they do not come."""
+    # The kernel takes connections from here on, also while the command runs.
+    with socket.create_server(
+        (host if host in ("127.0.0.1", "localhost") else "", port), backlog=size + 8
+    ) as server:
+        server.settimeout(MEETING_SECONDS)
         status = subprocess.run(words, stdin=subprocess.DEVNULL).returncode if run else 0
-        answer = " ".join(words) if not run else str(status)
-        store.set(name, answer)
-        for other in range(1, size):
-            store.get(f"{name}/{other}")  # until every node has read it; then the meeting place may go
-        return answer, status
+        answer = str(status) if run else " ".join(words)
+        missing = set(range(1, size))
+        while missing:
+            try:
+                connection, _ = server.accept()
+            except TimeoutError:
+                raise UserError(f"nodes {missing} did not come to {name}; are they alive?") from None
+            with connection:
+                connection.settimeout(30)
+                asked, _, rank = _line(connection).rpartition(" ")
+                # Another name is a node that is ahead of us: its meeting is the next.
+                known = asked == name and rank.isdigit() and int(rank) in missing
+                connection.sendall(f"{'=' + answer if known else AGAIN}\n".encode())
+                if known:
+                    missing.discard(int(rank))
+    return answer, status
+
+
+def follow(name: str, *, rank: int, host: str, port: int) -> str:
+    """Another node: what node 0 says. Raises UserError when it never comes, or is gone."""
+    deadline = time.monotonic() + MEETING_SECONDS
+    while time.monotonic() < deadline:
+        try:
+            with socket.create_connection((host, port), timeout=10) as connection:
+                connection.settimeout(None)
+                connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+                connection.sendall(f"{name} {rank}\n".encode())
+                answer = _line(connection)
+                if answer.startswith("="):
+                    return answer[1:]
+                if answer != AGAIN:  # it hung up: dead, or between two meetings
+                    deadline = min(deadline, time.monotonic() + GONE_SECONDS)
+        except ConnectionResetError:
+            deadline = min(deadline, time.monotonic() + GONE_SECONDS)
+        except OSError:
+            pass  # nobody is there yet
+        time.sleep(0.2)
+    raise UserError(f"node {rank}: node 0 at {host}:{port} is gone or never came to {name}; see its log")
+
+
+def _line(connection: socket.socket) -> str:
+    """One line, '' where the other side hangs up or says nothing in time."""
+    data = b""
     try:
-        store = dist.TCPStore(host, port, size, is_master=False, timeout=timedelta(seconds=MEETING_SECONDS))
-        store.set_timeout(timedelta(hours=STAGE_HOURS))
-        answer = store.get(name).decode()
-        store.set(f"{name}/{rank}", "read")
-    except (RuntimeError, ConnectionError) as error:
-        raise UserError(
-            f"node {rank}: node 0 at {host}:{port} is gone or never came ({type(error).__name__}); see its log"
-        ) from None
-    return answer, int(answer) if run else 0
+        while not data.endswith(b"\n") and len(data) < 65536:
+            block = connection.recv(4096)
+            if not block:
+                return ""
+            data += block
+    except TimeoutError:
+        return ""
+    return data.decode(errors="replace").rstrip("\n")
 
 
 def main(argv: list[str]) -> int:
     """Parse, agree, print."""
-    name, split = argv[0], argv.index("--")
-    env = os.environ
+    name, split, env = argv[0], argv.index("--"), os.environ
+    words, run = argv[split + 1 :], "--run" in argv[1:split]
+    rank, size = int(env.get("NODE_RANK", "0")), int(env.get("NNODES", "1"))
+    host, port = env.get("MASTER_ADDR", "127.0.0.1"), int(env.get("MASTER_PORT", "29500")) + 1
     try:
-        answer, status = agree(
-            name,
-            argv[split + 1 :],
-            run="--run" in argv[1:split],
-            rank=int(env.get("NODE_RANK", "0")),
-            size=int(env.get("NNODES", "1")),
-            host=env.get("MASTER_ADDR", "127.0.0.1"),
-            port=int(env.get("MASTER_PORT", "29500")) + 1,
-        )
-    except UserError as error:
+        if rank == 0:
+            answer, status = lead(name, words, run=run, size=size, host=host, port=port)
+        else:
+            answer = follow(name, rank=rank, host=host, port=port)
+            status = int(answer) if run else 0
+    except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    if "--run" not in argv[1:split]:
+    if not run:
         print(answer)
     return status
 
