@@ -192,7 +192,9 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
             return reply({"files": files})
         if request.path.endswith("/commit/main"):
             commits.extend(json.loads(line) for line in body.splitlines())
-            return reply({"commitUrl": f"{request.host_url}ME/NAME/commit/1", "commitOid": "1", "success": True})
+            return reply(
+                {"commitUrl": f"{request.host_url}ME/NAME/commit/1", "commitOid": "1", "success": True}
+            )
         return reply({})
 
     server = make_server("127.0.0.1", 0, app)
