@@ -21,8 +21,14 @@ import time
 from nanochat.common import UserError
 
 MEETING_SECONDS = 1800.0  # nodes boot and install at their own pace
+LATER_SECONDS = 120.0  # once all have met, nobody is that far behind: who does not come is dead
 GONE_SECONDS = 60.0  # longest that node 0 takes from one meeting to the next
 AGAIN = "again"
+
+
+def patience(name: str) -> float:
+    """Seconds to wait for the others; the first meeting of a run is called nodes."""
+    return MEETING_SECONDS if name == "nodes" else LATER_SECONDS
 
 
 def lead(name: str, words: list[str], *, run: bool, size: int, host: str, port: int) -> tuple[str, int]:
@@ -31,7 +37,7 @@ def lead(name: str, words: list[str], *, run: bool, size: int, host: str, port: 
     with socket.create_server(
         (host if host in ("127.0.0.1", "localhost") else "", port), backlog=size + 8
     ) as server:
-        server.settimeout(MEETING_SECONDS)
+        server.settimeout(patience(name))
         status = subprocess.run(words, stdin=subprocess.DEVNULL).returncode if run else 0
         answer = str(status) if run else " ".join(words)
         missing = set(range(1, size))
@@ -53,7 +59,7 @@ def lead(name: str, words: list[str], *, run: bool, size: int, host: str, port: 
 
 def follow(name: str, *, rank: int, host: str, port: int) -> str:
     """Another node: what node 0 says. Raises UserError when it never comes, or is gone."""
-    deadline = time.monotonic() + MEETING_SECONDS
+    deadline = time.monotonic() + patience(name)
     while time.monotonic() < deadline:
         try:
             with socket.create_connection((host, port), timeout=10) as connection:

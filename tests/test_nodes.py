@@ -88,9 +88,11 @@ def test_a_failure_on_node_0_ends_both(tmp_path: Path) -> None:
     assert not (tmp_path / "ran").exists()
 
 
+@pytest.mark.slow
 def test_storage_that_is_not_shared_is_found_out_first(tmp_path: Path) -> None:
     nodes = two_nodes(tmp_path, PIPE, shared=False)
     assert nodes[1].returncode == 1 and "put it on shared storage" in nodes[1].stderr
+    assert nodes[0].returncode == 1 and "did not come" in nodes[0].stderr, "node 0 must not wait at a price"
 
 
 def test_the_dry_run_shows_torchrun_on_every_node(tmp_path: Path) -> None:
