@@ -126,7 +126,11 @@ def parse(config: type[ConfigT], argv: list[str]) -> ConfigT:
     hints = typing.get_type_hints(config)
     if any(word in ("-h", "--help") for word in argv):
         _print_help(config, fields, hints)
-    return config(**dict(_values(argv, fields, hints)))
+    values: dict[str, Any] = {}
+    for name, value in _values(argv, fields, hints):
+        # A field that is a tuple collects: the flag may be given again and again.
+        values[name] = values.get(name, ()) + value if get_origin(hints[name]) is tuple else value
+    return config(**values)
 
 
 def _values(
@@ -176,6 +180,8 @@ def _is_number(word: str) -> bool:
 
 def _convert(spelled: str, value: str, hint: Any) -> Any:
     """`value` as an object of type `hint`, or a UserError that names flag, value and cure."""
+    if get_origin(hint) is tuple:
+        return (_convert(spelled, value, get_args(hint)[0]),)
     optional = get_origin(hint) in (Union, types.UnionType)
     kind = next(t for t in get_args(hint) if t is not type(None)) if optional else hint
     if optional and value.lower() in ("none", ""):

@@ -106,7 +106,12 @@ def _fit(settings: Settings, env: Mapping[str, str], machine: Machine) -> None:
             raise UserError(
                 f"{stage}_BATCH_TOKENS={tokens} is no multiple of SEQUENCE_LEN={length}; make it one"
             )
-    shared = math.gcd(*rows.values())
+    nodes = _num_nodes(env)
+    if math.gcd(*rows.values()) % nodes:
+        raise UserError(
+            f"NNODES={nodes} does not divide the {math.gcd(*rows.values())} rows of a step; use a divisor"
+        )
+    shared = math.gcd(*rows.values()) // nodes  # rows of one node
     wanted = int(settings["NPROC"])
     if env.get("NPROC"):
         if shared % wanted:
@@ -121,10 +126,17 @@ def _fit(settings: Settings, env: Mapping[str, str], machine: Machine) -> None:
         there = len(machine.gpus) if uses_gpus(settings, machine) else machine.num_cores
         settings["NPROC"] = max(n for n in range(1, max(1, min(wanted, there)) + 1) if shared % n == 0)
     for stage, count in rows.items():
-        share = count // int(settings["NPROC"])
+        share = count // nodes // int(settings["NPROC"])
         limit = min(share, int(settings["DEVICE_BATCH_SIZE"]))
         fitting = [n for n in range(1, limit + 1) if share % n == 0 and _fits(settings, n, machine)]
         settings[f"{stage}_DEVICE_BATCH_SIZE"] = max(fitting, default=1)
+
+
+def _num_nodes(env: Mapping[str, str]) -> int:
+    text = env.get("NNODES") or "1"
+    if not text.isdigit() or int(text) < 1:
+        raise UserError(f"NNODES={text} is not a number of machines; write for example NNODES=2")
+    return int(text)
 
 
 def uses_gpus(settings: Settings, machine: Machine) -> bool:
