@@ -153,7 +153,7 @@ def _values(
         if not equals:
             if switch and (negated or not words or words[0].lower() not in TRUE | FALSE):
                 value = "false" if negated else "true"
-            elif not words or (words[0].startswith("-") and not _is_number(words[0])):
+            elif not words or (words[0].startswith("-") and words[0] != "-" and not _is_number(words[0])):
                 raise UserError(f"{spelled} needs a value; write {spelled}=VALUE")
             else:
                 value = words.pop(0)

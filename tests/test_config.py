@@ -50,6 +50,7 @@ class Config(StageConfig):
         ("--group_size=3", {"num_samples": 3}),
         ("--group-size 3", {"num_samples": 3}),
         ("-n 3", {"num_samples": 3}),
+        ("--run - --depth 7", {"run": "-", "depth": 7}),
         ("--lr -1e-3", {"lr": -1e-3}),
         ("--no-resume", {"resume": False}),
         ("--no_resume", {"resume": False}),
