@@ -428,7 +428,9 @@ SECTIONS: dict[str, dict[str, Metric]] = {
 }
 # fmt: on
 
-METRICS: dict[str, Metric] = {name: metric for section in SECTIONS.values() for name, metric in section.items()}
+METRICS: dict[str, Metric] = {
+    name: metric for section in SECTIONS.values() for name, metric in section.items()
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -494,7 +496,9 @@ def find(name: str) -> Metric | None:
     """The row of the table for the curve `name`; None for one that the table does not know."""
     if name in METRICS:
         return METRICS[name]
-    return next((row for pattern, row in METRICS.items() if "*" in pattern and fnmatchcase(name, pattern)), None)
+    return next(
+        (row for pattern, row in METRICS.items() if "*" in pattern and fnmatchcase(name, pattern)), None
+    )
 
 
 def describe(name: str) -> str:

@@ -161,7 +161,9 @@ def flag_table(kind: Any) -> str:
         for field in dataclasses.fields(kind)
         if field.name in own
     ]
-    return "\n".join(["| flag | value | default | what it is |", "|---|---|---|---|", *rows, ""]) if rows else ""
+    return (
+        "\n".join(["| flag | value | default | what it is |", "|---|---|---|---|", *rows, ""]) if rows else ""
+    )
 
 
 def field_texts(kind: Any) -> dict[str, str]:

@@ -40,7 +40,9 @@ each_page = pytest.mark.parametrize("page", PAGES, ids=lambda path: str(path.rel
 
 def simple_commands(script: str) -> Iterator[list[str]]:
     """The words of each simple command of shell text: joined lines, pipes and lists taken apart, comments left out."""
-    lexer = shlex.shlex(script.replace("\\\n", " ").replace("\n", " ; "), posix=True, punctuation_chars=";&|<>()")
+    lexer = shlex.shlex(
+        script.replace("\\\n", " ").replace("\n", " ; "), posix=True, punctuation_chars=";&|<>()"
+    )
     lexer.whitespace_split = True
     lexer.commenters = ""
     words: list[str] = []
@@ -79,7 +81,9 @@ def commands_of(page: Path) -> Iterator[tuple[str, list[str]]]:
     """What the page tells the reader to run of ours, in blocks and in lines of text."""
     text = page.read_text()
     scripts = [shell_text(block) for block in blocks(text)]
-    scripts += [code for code in inline_code(text) if re.match(r"([A-Z_]+=\S* )*(python3?|torchrun|bash) ", code)]
+    scripts += [
+        code for code in inline_code(text) if re.match(r"([A-Z_]+=\S* )*(python3?|torchrun|bash) ", code)
+    ]
     for script in scripts:
         for words in simple_commands(without_comments(script)):
             if words and (found := our_command(words)):
@@ -132,7 +136,9 @@ def test_every_command_would_be_understood(page: Path) -> None:
 
 @each_page
 def test_every_shell_block_is_read_by_bash(page: Path) -> None:
-    whole = "\n".join(f"({{ :\n{shell_text(block)}\n}})" for block in blocks(page.read_text()) if shell_text(block))
+    whole = "\n".join(
+        f"({{ :\n{shell_text(block)}\n}})" for block in blocks(page.read_text()) if shell_text(block)
+    )
     done = subprocess.run(["bash", "-n"], input=whole, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
@@ -155,8 +161,14 @@ def test_every_flag_named_in_text_exists(page: Path) -> None:
     for code in inline_code(page.read_text()):
         if match := re.fullmatch(r"(--[a-z][\w-]*)(?:[= ].*)?", code):
             flag = match[1].replace("-", "_").replace("__", "--", 1)
-            known = flag in flags or flag in OTHERS_FLAGS or code in ("--flag", "--flag=value", "--flag value", "--flag=0")
-            assert known or flag.replace("--no_", "--") in (*flags, "--flag"), f"{page.name}: no command has {code}"
+            known = (
+                flag in flags
+                or flag in OTHERS_FLAGS
+                or code in ("--flag", "--flag=value", "--flag value", "--flag=0")
+            )
+            assert known or flag.replace("--no_", "--") in (*flags, "--flag"), (
+                f"{page.name}: no command has {code}"
+            )
 
 
 def spellings(kind: Any) -> Iterator[str]:
