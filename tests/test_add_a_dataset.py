@@ -41,7 +41,7 @@ def bash(script: str, folder: Path) -> subprocess.CompletedProcess[str]:
     env |= {"HOME": str(folder.parent), "OMP_NUM_THREADS": "1", "PYTHONPATH": str(folder)}
     env["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{env['PATH']}"
     done = subprocess.run(
-        ["bash", "-euc", script], cwd=folder, env=env, capture_output=True, text=True, timeout=600
+        ["bash", "-euc", script], cwd=folder, env=env, capture_output=True, text=True, timeout=1200
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return done
