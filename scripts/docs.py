@@ -188,12 +188,14 @@ def type_name(hint: Any) -> str:
         return " or ".join(type_name(part) for part in get_args(hint) if part is not type(None))
     if get_origin(hint) is Literal:
         return ", ".join(f"`{choice}`" if choice != "" else "nothing" for choice in get_args(hint))
+    if get_origin(hint) is tuple:
+        return f"{type_name(get_args(hint)[0])}, may be repeated"
     return {int: "whole number", float: "number", str: "text", bool: "switch"}[hint]
 
 
 def default_text(value: Any) -> str:
     """A default as one types it."""
-    if value is None or value == "":
+    if value is None or value in ("", ()):
         return ""
     return f"`{int(value)}`" if isinstance(value, bool) else f"`{value}`"
 
