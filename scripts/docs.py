@@ -27,11 +27,12 @@ from typing import Any, Literal, Union, get_args, get_origin
 from nanochat import config as shared
 from nanochat.common import UserError, write_atomic
 from nanochat.config import cli
+from nanochat.launcher import LaunchConfig
 from nanochat.metrics import SECTIONS
 from scripts.presets import KNOBS, PRESETS
 
 ROOT = Path(__file__).resolve().parent.parent
-SHARED = (shared.StageConfig, shared.TrainConfig, shared.ConversationConfig)
+SHARED = (shared.StageConfig, shared.TrainConfig, shared.ConversationConfig, LaunchConfig)
 MARK = "<!-- written by `python -m scripts.docs`; change the code instead -->\n"
 # A flag or a curve inside a sentence; as code, so that Markdown leaves `*` and `_` alone.
 _NAME = re.compile(r"(?<![`\w/])(--\w+|(?:train|val|rl|attn|eval|time|perf)/[\w*]+(?:/[\w*]+)*)")
@@ -131,6 +132,7 @@ SHARED_TITLES = {
     shared.StageConfig: "Flags of every stage",
     shared.TrainConfig: "Flags of supervised training",
     shared.ConversationConfig: "Flags of training on conversations",
+    LaunchConfig: "Flags of the launchers",
 }
 KNOBS_TEXT = """\
 `NAME=value bash run_aquarat_small.sh` sets one; `.env` can hold them, too. The machine chooses the column, `PRESET=` overrules

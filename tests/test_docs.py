@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
-import importlib.util
 import math
 import re
 import shlex
@@ -106,11 +105,8 @@ def check_command(name: str, words: list[str]) -> None:
         written = [b.lead for p in PAGES for b in blocks(p.read_text()) if b.language == "python"]
         if any(name in lead for lead in written):
             return  # the page itself has the reader write it
-        spec = importlib.util.spec_from_file_location(Path(name).stem, ROOT / name)
-        assert spec and spec.loader and (ROOT / name).is_file(), f"there is no {name}"
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        check_words(module, words)
+        assert (ROOT / name).is_file(), f"there is no {name}"
+        check_words(importlib.import_module(name.removesuffix(".py").replace("/", ".")), words)
     else:
         check_words(importlib.import_module(name), words)
 
@@ -120,7 +116,7 @@ def check_words(module: Any, words: list[str]) -> None:
     if "--help" in words:
         return
     if hasattr(module, "Config"):
-        parse(module.Config, words)
+        parse(module.Config, module.with_any(words) if hasattr(module, "with_any") else words)
     else:
         assert not words, f"{module.__name__} has no Config, so {words} cannot be checked; give it one"
 
