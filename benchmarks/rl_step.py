@@ -44,6 +44,7 @@ from nanochat.gpt import GPT
 from nanochat.optim import make_adamw
 from nanochat.policy_gradient import Objective, loss_normalizer, update_policy
 from nanochat.rl import Episode, Group, is_live, mark, rollout, with_advantages
+from nanochat.shared_prefix import tokens_of_rows
 from tasks.aqua import AQUA
 from tasks.rows import DataUnavailable
 from tasks.synthetic import Synthetic
@@ -162,11 +163,6 @@ class Bench:
             rollout_benchmark.set_stop_chance(model, self.tokenizer, self.prompts, self.config.stop_chance)
         return model.requires_grad_(True)
 
-    @property
-    def token_budget(self) -> int:
-        """Of a microbatch, as scripts.chat_rl has it."""
-        return self.config.rows_per_call * self.config.max_tokens
-
 
 class Ours:
     """A step as scripts.chat_rl makes it."""
@@ -211,7 +207,7 @@ class Ours:
                 groups,
                 objective=Objective(max_completion_tokens=self.bench.config.max_tokens),
                 world=self.bench.world,
-                token_budget=self.bench.token_budget,
+                token_budget=tokens_of_rows(groups, self.bench.config.rows_per_call),
                 max_grad_norm=MAX_GRAD_NORM,
             )
         return found["train/loss"], found["train/grad_norm"]

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from nanochat.common import UserError, progress
 from nanochat.decoder import Decoder
 from nanochat.gpt import GPT, Linear
+from nanochat.head import TiledHead
 from nanochat.kv_cache import Extent, KVCache, numbers_per_token
 from nanochat.rows import Completion, Marks, Request, Row
 from nanochat.sampling import Sampling
@@ -39,6 +40,7 @@ __all__ = ["Completion", "Engine"]
 
 CPU_CACHE_BYTES = 2**30
 CPU_CHUNK = 16
+CPU_TILED_ROWS = 32  # from so many rows on a tiled head pays for its tiling
 GPU_CHECK_EVERY = 16
 
 
@@ -130,7 +132,7 @@ class Engine:
     @contextmanager
     def decoder(self, extent: Extent, *, check_every: int) -> Iterator[Decoder]:
         """A Decoder of that extent, on storage that goes back to the engine afterwards."""
-        model = self._policy()
+        model = self._policy(extent.rows)
         numel = extent.numel(model.config)
         storage = self._borrow(numel)
         yield Decoder(model, KVCache(model.config, extent, storage), self.marks, check_every=check_every)
@@ -148,17 +150,24 @@ class Engine:
             storage = torch.zeros(numel, dtype=self.model.compute_dtype, device=self.model.device)
         return storage
 
-    def _policy(self) -> GPT:
-        """The model with its matrices in the compute dtype: a decode step reads all of them, so half the bytes count."""
+    def _policy(self, num_rows: int) -> GPT:
+        """
+        The model as decoding wants it. On a GPU a step reads all matrices, so half the bytes count: they are cast to the
+        compute dtype once. On a CPU with many rows the head is the widest product: it is tiled.
+        """
         model = self.model
-        if model.lm_head.weight.dtype == model.compute_dtype:
+        cast = model.lm_head.weight.dtype != model.compute_dtype
+        tile = model.device.type == "cpu" and num_rows >= CPU_TILED_ROWS
+        if not (cast or tile):
             return model
         # Parameters are shared with the copy (embeddings and smear are mixed in fp32), then matrices replaced.
         policy = copy.deepcopy(model, {id(weight): weight for weight in model.parameters()})
         within_blocks = [m for block in policy.blocks for m in block.modules() if isinstance(m, Linear)]
-        for matrix in (policy.lm_head, *within_blocks):
-            cast = matrix.weight.detach().to(model.compute_dtype)
-            matrix.weight = nn.Parameter(cast, requires_grad=False)
+        for matrix in (policy.lm_head, *within_blocks) if cast else ():
+            weight = matrix.weight.detach().to(model.compute_dtype)
+            matrix.weight = nn.Parameter(weight, requires_grad=False)
+        if tile:
+            policy.lm_head = TiledHead(policy.lm_head.weight)  # type: ignore[assignment]
         return policy
 
     def _request(

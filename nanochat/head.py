@@ -20,10 +20,11 @@ from functools import cache
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 # Logits held at once, in numbers: 4 MiB of fp32 stays in a CPU's cache, 1 GiB keeps a GPU busy.
 CPU_CHUNK, GPU_CHUNK = 2**20, 2**28
+TILE = 1024  # tokens of the vocabulary in a tile of TiledHead
 
 
 def softcapped_terms(
@@ -198,3 +199,23 @@ def weighted_loss(
         return loss, torch.where(live, logprobs, 0.0)
     loss, some = _WeightedLoss.apply(hidden[live], weight, targets[live], scale[live], *arguments)
     return loss, torch.zeros_like(scale).masked_scatter_(live, some)
+
+
+class TiledHead(nn.Module):
+    """
+    The head's matrix as transposed tiles, for a CPU that decodes many rows again and again: at 256 rows a quarter faster
+    than one wide product, whose output does not stay in the cache. Its numbers are those of the matrix at the time.
+    """
+
+    def __init__(self, weight: nn.Parameter) -> None:
+        """From a matrix (V,D)."""
+        super().__init__()
+        self.weight = weight  # shared, for whoever asks for device or dtype
+        self.tiles = [tile.T.contiguous() for tile in weight.detach().split(TILE)]  # (D,tokens) each
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Uncapped logits (R,V) of states (R,D); no gradient."""
+        raw = x.new_empty(len(x), len(self.weight))
+        for tile, columns in zip(self.tiles, raw.split(TILE, dim=1), strict=True):
+            torch.mm(x, tile, out=columns)
+        return raw

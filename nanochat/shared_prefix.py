@@ -163,6 +163,12 @@ def microbatches(
     return [_plain_batch([e for part in plan for e in part], smear, weight) for plan in rows]
 
 
+def tokens_of_rows(groups: Sequence[Sequence[Episode]], num_rows: int) -> int:
+    """A token budget: what `num_rows` plain rows of the longest episode's length would take; 0 without episodes."""
+    lengths = (len(e.prompt_ids) + _length(e) for group in groups for e in group)
+    return num_rows * max(lengths, default=0)
+
+
 def _length(episode: Episode) -> int:
     return len(episode.completion.ids)
 

@@ -107,7 +107,7 @@ class Config(StageConfig):
     max_steps: int = -1
     """steps, where not a whole number of passes"""
     device_batch_size: int = 8
-    """completions of full length in one microbatch on one device; lower it when memory runs out"""
+    """a microbatch takes as many tokens as so many of the step's longest rows; lower it when memory runs out"""
     # watching
     eval_every: int = 60
     """steps between validations; -1: never"""
@@ -172,6 +172,7 @@ def main(config: Config) -> None:
     from nanochat.policy_gradient import update_policy
     from nanochat.rl import randomize_rewards, step_metrics, with_advantages
     from nanochat.schedule import linear_to_zero
+    from nanochat.shared_prefix import tokens_of_rows
     from nanochat.stage import open_stage, tell
     from nanochat.telemetry import Clock, Telemetry, frozen_copy
 
@@ -235,7 +236,7 @@ def main(config: Config) -> None:
                 reference=reference,
                 world=world,
                 lr_scale=lr_scale,
-                token_budget=config.device_batch_size * config.max_new_tokens,
+                token_budget=tokens_of_rows(groups, config.device_batch_size),
                 max_grad_norm=config.max_grad_norm,
                 want_update_norm=True,
             )
