@@ -233,7 +233,9 @@ class Reference:
             with self.watch.phase("reward"):
                 groups.append(
                     [
-                        self._episode(number, sample, conversation, ids[: rollout_benchmark.useful(ids, stop)])
+                        self._episode(
+                            number, sample, conversation, ids[: rollout_benchmark.useful(ids, stop)]
+                        )
                         for sample, ids in enumerate(drawn)
                     ]
                 )
