@@ -79,6 +79,8 @@ class TrainConfig(StageConfig):
     """checkpoints that stay on disk besides the best"""
     log_every: int = 10
     """steps between progress lines; metrics.jsonl has every step"""
+    compile: Literal["auto", "on", "off"] = "auto"
+    """torch.compile: on a GPU by default; on a CPU it takes minutes that it does not win back"""
     resume: bool = True
     """go on from the newest complete checkpoint of the same run"""
 

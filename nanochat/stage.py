@@ -27,7 +27,7 @@ import torch
 
 from nanochat import checkpoint_manager, checkpoints
 from nanochat.checkpoints import Checkpoint
-from nanochat.common import UserError, World, print0
+from nanochat.common import UserError, World, peak_memory_mb, print0
 from nanochat.config import ConversationConfig, StageConfig, TrainConfig
 from nanochat.dataloader import ConversationBatches, conversation_batches, document_batches, merge_states
 from nanochat.dataset import open_texts
@@ -42,6 +42,7 @@ from nanochat.train import Step, next_token_loss, peak_flops
 OPERATIONAL = {
     "run", "model_tag", "device_type", "dtype", "wandb_project", "wandb_entity", "device_batch_size", "eval_every",
     "eval_examples", "eval_tokens", "save_every", "keep_last", "log_every", "resume", "step", "save_tag", "label",
+    "compile",
 }  # fmt: skip
 
 
@@ -107,6 +108,7 @@ class Stage:
         self.best: float | None = self._meta.get("best_value")
         """the best validation so far"""
         self._began = time.perf_counter()
+        self._held: Step | None = None  # the step whose numbers the device may still be computing
 
     def restore(self, model: GPT, optimizer: MuonAdamW | None) -> None:
         """Give model and optimizer the state that they had at `start`; nothing at the first step."""
@@ -119,8 +121,19 @@ class Stage:
         print0(f"going on from {self._resumed}")
 
     def report(self, step: Step, num_steps: int, model: GPT, sequence_len: int) -> None:
-        """Log one supervised step; print a line when it is due."""
+        """Log one supervised step; print a line when it is due. On a GPU steps in between are logged one late."""
         due = step.due(self.config.log_every) or step.index == 1
+        held, self._held = self._held, None
+        if held is not None:
+            self._report(held, num_steps, model, sequence_len, due=False)
+        if due or step.last or step.result.ready is None:
+            self._report(step, num_steps, model, sequence_len, due=due)
+        else:
+            self._held = (
+                step  # reading its loss now would wait for the device, with the next step not yet queued
+            )
+
+    def _report(self, step: Step, num_steps: int, model: GPT, sequence_len: int, *, due: bool) -> None:
         metrics: dict[str, Any] = {
             "train/loss": step.loss,
             "train/grad_norm": step.grad_norm,
@@ -211,6 +224,7 @@ def open_stage(
     resume_step = resumed.step + 1 if resumed else None
     with open_run(record or source, config, world, resume_step=resume_step) as tracker:
         yield Stage(source, config, world, tracker, tag=tag, made_by=made_by, resumed=resumed)
+        print0(f"{record or source}: at most {peak_memory_mb(world.device):,.0f} MB of memory on this rank")
 
 
 def _own_checkpoint(source: str, tag: str, made_by: str, resume: bool, world: World) -> Checkpoint | None:

@@ -326,3 +326,10 @@ def compile_model(model: GPT) -> GPT:
     model.packed_hidden = torch.compile(model.packed_hidden, dynamic=False)  # type: ignore[method-assign]
     model.fused_head = True
     return model
+
+
+def compile_if(choice: str, model: GPT) -> GPT:
+    """compile_model by the flag --compile: on, off, or auto for where it wins, which is a GPU."""
+    if choice == "on" or (choice == "auto" and model.device.type == "cuda"):
+        return compile_model(model)
+    return model
