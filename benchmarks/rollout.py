@@ -67,6 +67,8 @@ class Config:
     """the reference answers every so many-th question in a turn, and others in the next"""
     repeats: int = 5
     """timings of each side; the median counts"""
+    compiled: bool = False
+    """compile the engine's step, as scripts.chat_rl does on a GPU"""
     vocab_size: int = 8192
     """tokens in the vocabulary"""
     device_type: str = ""
@@ -227,7 +229,7 @@ def compare(
     model: GPT, tokenizer: HashedPieces, prompts: Sequence[Sequence[int]], config: Config
 ) -> dict[str, float]:
     """Median tokens per second of both sides, in turns, and the median of the turns' ratios."""
-    engine = Engine(model, tokenizer)  # type: ignore[arg-type]
+    engine = Engine(model, tokenizer, compiled=config.compiled)  # type: ignore[arg-type]
     seeds = range(config.seed, config.seed + len(prompts))
 
     def fast() -> list[list[list[int]]]:

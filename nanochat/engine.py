@@ -18,16 +18,17 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from functools import cache, partial
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from nanochat.common import UserError, progress
 from nanochat.decoder import Decoder
-from nanochat.gpt import GPT, Linear
+from nanochat.gpt import GPT, Block, Linear
 from nanochat.head import TiledHead
 from nanochat.kv_cache import Extent, KVCache, numbers_per_token
 from nanochat.rows import Completion, Marks, Request, Row
@@ -54,11 +55,16 @@ class Engine:
         *,
         cache_bytes: int | None = None,
         check_every: int | None = None,
+        compiled: bool = False,
     ) -> None:
-        """`cache_bytes`: keys and values held at once. `check_every`: steps between looks for stop tokens."""
+        """
+        `cache_bytes`: keys and values held at once. `check_every`: steps between looks for stop tokens. `compiled`: compile
+        what stands around attention, which halves the kernels of a step: for many calls on a GPU, since it takes a minute.
+        """
         self.model, self.tokenizer, self.marks = model, tokenizer, Marks(tokenizer)
         self.cache_bytes = cache_bytes or _default_cache_bytes(model.device)
         self.check_every = check_every or (1 if model.device.type == "cpu" else GPU_CHECK_EVERY)
+        self.compiled = compiled
         self.spare: list[Tensor] = []  # cache storage that nobody is using
 
     def generate(
@@ -158,7 +164,7 @@ class Engine:
         model = self.model
         cast = model.lm_head.weight.dtype != model.compute_dtype
         tile = model.device.type == "cpu" and num_rows >= CPU_TILED_ROWS
-        if not (cast or tile):
+        if not (cast or tile or self.compiled):
             return model
         # Parameters are shared with the copy (embeddings and smear are mixed in fp32), then matrices replaced.
         policy = copy.deepcopy(model, {id(weight): weight for weight in model.parameters()})
@@ -166,6 +172,9 @@ class Engine:
         for matrix in (policy.lm_head, *within_blocks) if cast else ():
             weight = matrix.weight.detach().to(model.compute_dtype)
             matrix.weight = nn.Parameter(weight, requires_grad=False)
+        for block in policy.blocks if self.compiled else ():
+            block.before = partial(_compiled(Block.before), block)  # type: ignore[method-assign]
+            block.after = partial(_compiled(Block.after), block)  # type: ignore[method-assign]
         if tile:
             policy.lm_head = TiledHead(policy.lm_head.weight)  # type: ignore[assignment]
         return policy
@@ -239,6 +248,12 @@ def _next_in(waiting: deque[Request], decoder: Decoder) -> list[Request]:
     while waiting and decoder.has_room([*admitted, waiting[0]]):
         admitted.append(waiting.popleft())
     return admitted
+
+
+@cache
+def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function` compiled once for all blocks, calls and numbers of rows."""
+    return torch.compile(function, dynamic=True)
 
 
 def _default_cache_bytes(device: torch.device) -> int:

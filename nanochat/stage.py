@@ -17,9 +17,10 @@ import dataclasses
 import hashlib
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import datetime
+from functools import partial
 from itertools import islice
 from typing import Any, Protocol
 
@@ -108,7 +109,7 @@ class Stage:
         self.best: float | None = self._meta.get("best_value")
         """the best validation so far"""
         self._began = time.perf_counter()
-        self._held: Step | None = None  # the step whose numbers the device may still be computing
+        self._held: Callable[[], None] | None = None  # logs the step before
 
     def restore(self, model: GPT, optimizer: MuonAdamW | None) -> None:
         """Give model and optimizer the state that they had at `start`; nothing at the first step."""
@@ -123,15 +124,17 @@ class Stage:
     def report(self, step: Step, num_steps: int, model: GPT, sequence_len: int) -> None:
         """Log one supervised step; print a line when it is due. On a GPU steps in between are logged one late."""
         due = step.due(self.config.log_every) or step.index == 1
-        held, self._held = self._held, None
-        if held is not None:
-            self._report(held, num_steps, model, sequence_len, due=False)
+        self._log_held()
+        write = partial(self._report, step, num_steps, model, sequence_len, due=due)
         if due or step.last or step.result.ready is None:
-            self._report(step, num_steps, model, sequence_len, due=due)
+            write()
         else:
-            self._held = (
-                step  # reading its loss now would wait for the device, with the next step not yet queued
-            )
+            self._held = write  # its loss is still being computed, and the next step not yet queued
+
+    def _log_held(self) -> None:
+        write, self._held = self._held, None
+        if write is not None:
+            write()
 
     def _report(self, step: Step, num_steps: int, model: GPT, sequence_len: int, *, due: bool) -> None:
         metrics: dict[str, Any] = {
@@ -158,6 +161,7 @@ class Stage:
 
     def log(self, index: int, metrics: dict[str, Any]) -> None:
         """Log what an evaluation found, and print its numbers."""
+        self._log_held()
         if not metrics:
             return
         self.tracker.log(index, metrics)
@@ -180,6 +184,7 @@ class Stage:
     ) -> None:
         """Save a checkpoint that the same command goes on from; every rank calls."""
         began = time.perf_counter()
+        self._log_held()
         merged = None if data_state is None else merge_states(self.world.gather(data_state))
         improved = best_value is not None and (self.best is None or best_value > self.best)
         self.best = best_value if improved else self.best

@@ -328,8 +328,6 @@ def compile_model(model: GPT) -> GPT:
     return model
 
 
-def compile_if(choice: str, model: GPT) -> GPT:
-    """compile_model by the flag --compile: on, off, or auto for where it wins, which is a GPU."""
-    if choice == "on" or (choice == "auto" and model.device.type == "cuda"):
-        return compile_model(model)
-    return model
+def compiles(choice: str, world: World) -> bool:
+    """What the flag --compile says: on, off, or auto for where it wins, which is a GPU."""
+    return choice == "on" or (choice == "auto" and world.device.type == "cuda")

@@ -86,7 +86,7 @@ def main(config: Config) -> None:
     from nanochat.schedule import trapezoid
     from nanochat.stage import grad_accum_steps, open_stage, optimizer_for, tell, text_bpb
     from nanochat.tokenizer import load_tokenizer
-    from nanochat.train import compile_if, next_token_loss, train_steps
+    from nanochat.train import compile_model, compiles, next_token_loss, train_steps
     from tasks.catalog import pretraining_texts
     from tasks.prose import Drill
 
@@ -99,7 +99,8 @@ def main(config: Config) -> None:
     if num_steps < 0:
         num_steps = max(1, int(config.target_param_data_ratio * model.num_params()) // step_tokens)
     print0(f"{model.num_params():,} parameters, {num_steps:,} steps of {step_tokens:,} tokens")
-    compile_if(config.compile, model)
+    if compiles(config.compile, world):
+        compile_model(model)
     optimizer = optimizer_for(model, config, world)
     schedule = partial(
         trapezoid,

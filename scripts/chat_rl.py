@@ -175,6 +175,7 @@ def main(config: Config) -> None:
     from nanochat.shared_prefix import tokens_of_rows
     from nanochat.stage import open_stage, tell
     from nanochat.telemetry import Clock, Telemetry, frozen_copy
+    from nanochat.train import compiles
 
     world = compute_init(config.device_type, config.dtype, config.seed)
     objective = config.objective
@@ -188,7 +189,7 @@ def main(config: Config) -> None:
         else config.num_epochs * len(questions) // config.examples_per_step
     )
     reference = frozen_copy(policy) if config.kl_every > 0 or config.kl_coef else None
-    engine = Engine(policy, tokenizer)
+    engine = Engine(policy, tokenizer, compiled=compiles(config.compile, world))
     optimizer = make_rl_optimizer(policy, config, world)
     control = "random" if config.reward_control == "random" else ""
     tag = config.save_tag or "-".join(filter(None, [config.model_tag or find_tag(config.source), control]))

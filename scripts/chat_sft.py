@@ -55,7 +55,7 @@ def main(config: Config) -> None:
         supervised_steps,
         tell,
     )
-    from nanochat.train import compile_if, next_token_loss, train_steps
+    from nanochat.train import compile_model, compiles, next_token_loss, train_steps
     from tasks.catalog import assemble, at_most, problems, sft_parts
 
     world = compute_init(config.device_type, config.dtype, config.seed)
@@ -73,7 +73,8 @@ def main(config: Config) -> None:
         "world": world,
     }
     grad_accum = grad_accum_steps(config, sequence_len, world)
-    compile_if(config.compile, model)
+    if compiles(config.compile, world):
+        compile_model(model)
     optimizer = optimizer_for(model, config, world)
     losses: dict[str, float] = {}
     tag = config.save_tag or config.model_tag or find_tag(config.source)

@@ -37,7 +37,7 @@ def main(config: Config) -> None:
     from nanochat.dataloader import conversation_batches
     from nanochat.schedule import trapezoid
     from nanochat.stage import grad_accum_steps, open_stage, optimizer_for, supervised_steps, tell, text_bpb
-    from nanochat.train import compile_if, next_token_loss, train_steps
+    from nanochat.train import compile_model, compiles, next_token_loss, train_steps
     from tasks.catalog import assemble, at_most, mid_parts, problems
 
     world = compute_init(config.device_type, config.dtype, config.seed)
@@ -54,7 +54,8 @@ def main(config: Config) -> None:
         "world": world,
     }
     grad_accum = grad_accum_steps(config, sequence_len, world)
-    compile_if(config.compile, model)
+    if compiles(config.compile, world):
+        compile_model(model)
     optimizer = optimizer_for(model, config, world)
     bpb = None
     with open_stage("mid", config, world, tag=config.model_tag or find_tag("base"), parent=parent) as stage:
