@@ -35,7 +35,14 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks import rollout as rollout_benchmark
-from benchmarks.rollout import HashedPieces, describe, make_model, plain_generate, synchronize
+from benchmarks.rollout import (
+    HashedPieces,
+    describe,
+    make_model,
+    plain_generate,
+    say_what_is_skipped,
+    synchronize,
+)
 from benchmarks.train import memory_mb
 from nanochat.common import UserError, World, compute_init
 from nanochat.config import cli
@@ -201,6 +208,7 @@ class Ours:
             timed = self.watch.timing("optimizer", getattr(type(optimizer), name).__get__(optimizer))
             setattr(optimizer, name, timed)
         with self.watch.phase("forward and backward"):
+            self.engine.release()
             found = update_policy(
                 self.model,
                 optimizer,
@@ -361,6 +369,7 @@ def main(config: Config) -> None:
         print(json.dumps(memory_of_one_step(config)))
         return
     bench = Bench.open(config)
+    say_what_is_skipped(bench.world)
     lengths = sorted(map(len, bench.prompts))
     print(
         f"{config.questions} questions x {config.samples} samples x {config.max_tokens} tokens, prompts of {lengths[0]} "

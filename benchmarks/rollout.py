@@ -6,9 +6,9 @@ Rollout speed: the engine against generating one question at a time, eight rows 
     OMP_NUM_THREADS=1 python -m benchmarks.rollout
 
 Both sides have the same weights, prompts, dtype and threads and take turns; the table shows medians of tokens per second. The
-reference, whose speed is that of a question, answers a quarter of them in a turn. It
-is what a plain loop does (nanochat's does): per call it prefills one prompt, copies its cache to 8 rows, draws with
-torch.multinomial, looks at every token on the host, and goes on to the last token whether or not rows have ended.
+reference, whose speed is that of a question, answers a quarter of them in a turn. It is what a plain loop does (nanochat's
+does): per call it prefills one prompt, copies its cache to 8 rows, draws with torch.multinomial, looks at every token on
+the host, and goes on to the last token whether or not rows have ended.
 
 MBU is the share of the device's memory bandwidth (measured by copying) that reading every matrix once a step, and every
 key and value once a question or row, would take at the engine's speed; small batches on a GPU are bound by it.
@@ -301,6 +301,7 @@ def main(config: Config) -> None:
     questions, source = read_questions(config.questions)
     prompts = [tokenizer.prompt(question) for question in questions]
     lengths = sorted(map(len, prompts))
+    say_what_is_skipped(world)
     print(f"{len(prompts)} prompts of {lengths[0]} to {lengths[-1]} tokens from {source}")
     print(
         f"{'depth':>5} {'rows':>7} {'engine tok/s':>13} {'reference tok/s':>16} {'ratio':>6} {'same greedy':>12}"
@@ -325,6 +326,13 @@ def main(config: Config) -> None:
             {"benchmark": "rollout", **dataclasses.asdict(config), **describe(world), "results": results}
         )
     )
+
+
+def say_what_is_skipped(world: World) -> None:
+    """No figure of a GPU is made up where there is none."""
+    if world.device.type != "cuda":
+        why = "torch sees no CUDA device" if not torch.cuda.is_available() else "--device_type says otherwise"
+        print(f"GPU columns skipped: {why}")
 
 
 def describe(world: World) -> dict[str, object]:

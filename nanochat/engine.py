@@ -146,6 +146,10 @@ class Engine:
         if not self.spare:
             self.spare.append(storage)
 
+    def release(self) -> None:
+        """Give the cache's memory back; the next call takes it anew. For a trainer, between rollouts and update."""
+        self.spare.clear()
+
     def _borrow(self, numel: int) -> Tensor:
         try:
             storage = self.spare.pop()  # atomic: two streams in two threads never get the same one

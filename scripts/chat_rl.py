@@ -228,6 +228,7 @@ def main(config: Config) -> None:
             if world.main and due(step, config.attn_every, num_steps):
                 metrics |= telemetry.attention(step)
             clock.lap("telemetry")
+            engine.release()
             lr_scale = linear_to_zero(step - 1, num_steps=num_steps)
             metrics |= update_policy(
                 policy,

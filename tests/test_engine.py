@@ -607,3 +607,12 @@ def test_the_benchmark_runs_and_finds_the_same_greedy_output(
         (depth, rows) for depth in (1, 2) for rows in ("fixed", "ending")
     ]
     assert all(result["same_greedy"] == 1.0 and result["ratio"] > 0 for result in results)
+
+
+def test_a_released_engine_takes_its_memory_anew() -> None:
+    engine = Engine(make_model(), Characters())  # type: ignore[arg-type]
+    first = engine.generate([[BOS, USER, USER_END, ANSWER]], max_tokens=5, seeds=[1])
+    assert len(engine.spare) == 1
+    engine.release()
+    assert engine.spare == []
+    assert engine.generate([[BOS, USER, USER_END, ANSWER]], max_tokens=5, seeds=[1]) == first
