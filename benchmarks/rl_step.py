@@ -8,7 +8,8 @@ A step of reinforcement learning: ours against the loop that one writes first, p
 The reference is nanochat's loop: one question at a time, eight rows a call; every completion, of dead groups too, goes
 through the model with its prompt, eight padded rows a pass, the head on every position and all logits held at once; torch's
 AdamW. Ours is what scripts.chat_rl calls. Both have the same weights, prompts, rewards, threads and dtype and take turns.
-First both are given the same episodes: loss and gradient norm must agree before anything is timed.
+The reference does a quarter of the questions in a turn, and what they took counts four times, its single optimizer step
+apart. First both are given the same episodes: loss and gradient norm must agree before anything is timed.
 
 Who is right is drawn by lot from the completion's text, since random weights answer nothing; marking costs what it costs.
 `dead` questions are all wrong. Memory is that of processes of their own, which make one step each: the highest of the
@@ -230,12 +231,12 @@ class Reference:
         self.optimizer = torch.optim.AdamW(weights, lr=LEARNING_RATE, betas=(0.9, 0.95), weight_decay=0.0)
 
     def sample(self, step: int) -> list[Group]:
-        """Like torch.multinomial itself, it draws on from where it is: `step` is of no use to it."""
+        """Of every `reference_stride`-th question, others in the next step."""
         bench, groups = self.bench, []
         stop = bench.tokenizer.special("assistant_end")
-        for number, (conversation, prompt) in enumerate(
-            zip(bench.task.conversations, bench.prompts, strict=True)
-        ):
+        stride = bench.config.reference_stride
+        for number in range(step % stride, len(bench.prompts), stride):
+            conversation, prompt = bench.task.conversations[number], bench.prompts[number]
             with self.watch.phase("rollout"):
                 [drawn] = plain_generate(self.model, [prompt], bench.config.samples, bench.config, 1.0)
             with self.watch.phase("reward"):
@@ -293,7 +294,7 @@ def make_side(name: str, bench: Bench, depth: int) -> Side:
 
 def check_agreement(sides: dict[str, Side], tolerance: float) -> None:
     """Loss and gradient norm of the same episodes on both sides; they warm up as well."""
-    groups = sides["ours"].sample(0)
+    groups = sides["ours"].sample(0)[:4]
     found = {name: side.update(groups) for name, side in sides.items()}
     torch.testing.assert_close(
         torch.tensor(found["ours"]), torch.tensor(found["reference"]), rtol=tolerance, atol=1e-6,
@@ -307,7 +308,9 @@ def timed(side: Side, step: int) -> dict[str, float]:
     groups = side.sample(step)
     side.update(groups)
     tokens = sum(e.num_tokens for group in groups for e in group)
-    return {**side.watch.seconds, "tokens": tokens, "live": sum(map(is_live, groups))}
+    found = {**side.watch.seconds, "tokens": tokens, "live": sum(map(is_live, groups))}
+    missing = side.bench.config.questions / len(groups)  # of the reference, whose work is that of a question
+    return {name: value if name == "optimizer" else value * missing for name, value in found.items()}
 
 
 def measure(depth: int, bench: Bench) -> list[dict[str, Any]]:
