@@ -29,6 +29,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
+from benchmarks.rollout import say_what_is_skipped
 from nanochat.common import World, compute_init
 from nanochat.config import cli
 from nanochat.dataloader import Batch
@@ -227,6 +228,7 @@ def main(config: Config) -> None:
     """Measure every depth."""
     world = compute_init(config.device_type, config.dtype, config.seed)
     peak, source = device_peak(world)
+    say_what_is_skipped(world)
     print(f"peak {f'{peak / 1e9:,.0f} GFLOP/s ({source})' if peak else 'unknown'}")
     print(f"{'depth':>5} {'step':>9} {'tokens/s':>10} {'ratio':>6} {'MFU':>6} {'step MB':>8}")
     results = []

@@ -168,6 +168,18 @@ def _describe(device: torch.device) -> str:
     return f"{device.type} ({torch.get_num_threads()} threads)" if device.type == "cpu" else device.type
 
 
+def peak_memory_mb(device: torch.device) -> float:
+    """The most memory so far, in MB: what torch allocated on a GPU, elsewhere what the process held."""
+    if device.type == "cuda":
+        import torch
+
+        return torch.cuda.max_memory_allocated(device) / 1e6
+    import resource
+
+    unit = 1 if sys.platform == "darwin" else 1024  # bytes there, KiB on Linux
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6
+
+
 def print0(*values: object) -> None:
     """Print on the main rank only."""
     if int(os.environ.get("RANK", 0)) == 0:

@@ -45,6 +45,8 @@ class StageConfig:
     """float32 or bfloat16; by default bfloat16 where the GPU has it"""
     seed: int = 42
     """everything random follows from it"""
+    compile: Literal["auto", "on", "off"] = "auto"
+    """torch.compile: on a GPU by default; on a CPU it takes minutes that it does not win back"""
     wandb_project: str = ""
     """Weights & Biases project; by default WANDB_PROJECT or nanochat-aquarat"""
     wandb_entity: str = ""

@@ -18,16 +18,18 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from functools import cache, partial
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from nanochat.common import UserError, progress
 from nanochat.decoder import Decoder
-from nanochat.gpt import GPT, Linear
+from nanochat.gpt import GPT, Block, Linear
+from nanochat.head import TiledHead
 from nanochat.kv_cache import Extent, KVCache, numbers_per_token
 from nanochat.rows import Completion, Marks, Request, Row
 from nanochat.sampling import Sampling
@@ -39,6 +41,7 @@ __all__ = ["Completion", "Engine"]
 
 CPU_CACHE_BYTES = 2**30
 CPU_CHUNK = 16
+CPU_TILED_ROWS = 32  # from so many rows on a tiled head pays for its tiling
 GPU_CHECK_EVERY = 16
 
 
@@ -52,11 +55,16 @@ class Engine:
         *,
         cache_bytes: int | None = None,
         check_every: int | None = None,
+        compiled: bool = False,
     ) -> None:
-        """`cache_bytes`: keys and values held at once. `check_every`: steps between looks for stop tokens."""
+        """
+        `cache_bytes`: keys and values held at once. `check_every`: steps between looks for stop tokens. `compiled`: compile
+        what stands around attention, which halves the kernels of a step: for many calls on a GPU, since it takes a minute.
+        """
         self.model, self.tokenizer, self.marks = model, tokenizer, Marks(tokenizer)
         self.cache_bytes = cache_bytes or _default_cache_bytes(model.device)
         self.check_every = check_every or (1 if model.device.type == "cpu" else GPU_CHECK_EVERY)
+        self.compiled = compiled
         self.spare: list[Tensor] = []  # cache storage that nobody is using
 
     def generate(
@@ -130,13 +138,17 @@ class Engine:
     @contextmanager
     def decoder(self, extent: Extent, *, check_every: int) -> Iterator[Decoder]:
         """A Decoder of that extent, on storage that goes back to the engine afterwards."""
-        model = self._policy()
+        model = self._policy(extent.rows)
         numel = extent.numel(model.config)
         storage = self._borrow(numel)
         yield Decoder(model, KVCache(model.config, extent, storage), self.marks, check_every=check_every)
         # Not in a `finally`: after an error (weights that diverged, say) the storage may hold NaN, and is dropped.
         if not self.spare:
             self.spare.append(storage)
+
+    def release(self) -> None:
+        """Give the cache's memory back; the next call takes it anew. For a trainer, between rollouts and update."""
+        self.spare.clear()
 
     def _borrow(self, numel: int) -> Tensor:
         try:
@@ -148,17 +160,27 @@ class Engine:
             storage = torch.zeros(numel, dtype=self.model.compute_dtype, device=self.model.device)
         return storage
 
-    def _policy(self) -> GPT:
-        """The model with its matrices in the compute dtype: a decode step reads all of them, so half the bytes count."""
+    def _policy(self, num_rows: int) -> GPT:
+        """
+        The model as decoding wants it. On a GPU a step reads all matrices, so half the bytes count: they are cast to the
+        compute dtype once. On a CPU with many rows the head is the widest product: it is tiled.
+        """
         model = self.model
-        if model.lm_head.weight.dtype == model.compute_dtype:
+        cast = model.lm_head.weight.dtype != model.compute_dtype
+        tile = model.device.type == "cpu" and num_rows >= CPU_TILED_ROWS
+        if not (cast or tile or self.compiled):
             return model
         # Parameters are shared with the copy (embeddings and smear are mixed in fp32), then matrices replaced.
         policy = copy.deepcopy(model, {id(weight): weight for weight in model.parameters()})
         within_blocks = [m for block in policy.blocks for m in block.modules() if isinstance(m, Linear)]
-        for matrix in (policy.lm_head, *within_blocks):
-            cast = matrix.weight.detach().to(model.compute_dtype)
-            matrix.weight = nn.Parameter(cast, requires_grad=False)
+        for matrix in (policy.lm_head, *within_blocks) if cast else ():
+            weight = matrix.weight.detach().to(model.compute_dtype)
+            matrix.weight = nn.Parameter(weight, requires_grad=False)
+        for block in policy.blocks if self.compiled else ():
+            block.before = partial(_compiled(Block.before), block)  # type: ignore[method-assign]
+            block.after = partial(_compiled(Block.after), block)  # type: ignore[method-assign]
+        if tile:
+            policy.lm_head = TiledHead(policy.lm_head.weight)  # type: ignore[assignment]
         return policy
 
     def request(
@@ -230,6 +252,12 @@ def _next_in(waiting: deque[Request], decoder: Decoder) -> list[Request]:
     while waiting and decoder.has_room([*admitted, waiting[0]]):
         admitted.append(waiting.popleft())
     return admitted
+
+
+@cache
+def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function` compiled once for all blocks, calls and numbers of rows."""
+    return torch.compile(function, dynamic=True)
 
 
 def _default_cache_bytes(device: torch.device) -> int:

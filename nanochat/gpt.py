@@ -117,6 +117,8 @@ class Linear(nn.Module):
 
 
 class Attention(nn.Module):
+    """The four matrices of attention; what happens between them is `attend`'s."""
+
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         self.head_dim, self.qk_scale = config.head_dim, config.qk_scale
@@ -125,14 +127,15 @@ class Attention(nn.Module):
         self.c_v = Linear(config.n_embd, config.n_kv_head * config.head_dim)
         self.c_proj = Linear(config.n_head * config.head_dim, config.n_embd)
 
-    def forward(self, x: Tensor, layer: int, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
+    def project(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values, ready to attend."""
         q = self.c_q(x).unflatten(-1, (-1, self.head_dim))  # (B,T,H,hd)
         k = self.c_k(x).unflatten(-1, (-1, self.head_dim))  # (B,T,G,hd)
         v = self.c_v(x).unflatten(-1, (-1, self.head_dim))  # (B,T,G,hd)
         q, k = norm(rotate(q, cos, sin)), norm(rotate(k, cos, sin))
         if self.qk_scale != 1.0:
             q, k = q * self.qk_scale, k * self.qk_scale
-        return self.c_proj(attend(layer, q, k, v).flatten(-2))  # (B,T,D)
+        return q, k, v
 
 
 class MLP(nn.Module):
@@ -152,7 +155,17 @@ class Block(nn.Module):
         self.mlp = MLP(config)
 
     def forward(self, x: Tensor, layer: int, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
-        x = x + self.attn(norm(x), layer, cos, sin, attend)
+        return self.after(x, attend(layer, *self.before(x, cos, sin)))
+
+    # Around attention every position is by itself: two functions of tensors alone, which can be compiled.
+
+    def before(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values of states x (B,T,D)."""
+        return self.attn.project(norm(x), cos, sin)
+
+    def after(self, x: Tensor, attended: Tensor) -> Tensor:
+        """The block's output (B,T,D) from its input and what attention gave (B,T,H,hd)."""
+        x = x + self.attn.c_proj(attended.flatten(-2))
         return x + self.mlp(norm(x))
 
 

@@ -20,29 +20,49 @@ from functools import cache
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 # Logits held at once, in numbers: 4 MiB of fp32 stays in a CPU's cache, 1 GiB keeps a GPU busy.
 CPU_CHUNK, GPU_CHUNK = 2**20, 2**28
+TILE = 1024  # tokens of the vocabulary in a tile of TiledHead
 
 
 def softcapped_terms(
     raw: Tensor, targets: Tensor, scale: Tensor, softcap: float, temperature: float
 ) -> tuple[Tensor, Tensor]:
-    """Log-probability (n,) of each target, and d(sum(scale * them)) / d(raw), from uncapped logits `raw` (n,V)."""
-    squashed = torch.tanh(raw.float() / softcap)
-    logprobs = torch.log_softmax(squashed * (softcap / temperature), dim=-1)
-    chosen = logprobs.gather(-1, targets.unsqueeze(-1)).squeeze(-1)
-    slope = logprobs.exp_().neg_()
-    slope.scatter_add_(-1, targets.unsqueeze(-1), torch.ones_like(slope[:, :1]))
-    slope.mul_((scale / temperature).unsqueeze(-1)).mul_(1 - squashed.square_())  # tanh' = 1 - tanh^2
-    return chosen, slope.to(raw.dtype)
+    """
+    Log-probability (n,) of each target, and d(sum(scale * them)) / d(raw), from uncapped logits `raw` (n,V), which are
+    overwritten. With low = (1 - tanh) / 2 the slope of tanh is 4 low (1 - low).
+    """
+    low, weights = _capped(raw, softcap, temperature)
+    chosen = weights.gather(-1, targets.unsqueeze(-1))
+    total = weights.exp_().sum(-1, keepdim=True)
+    factor = (scale * (4.0 / temperature)).unsqueeze(-1)
+    slope = weights.mul_(-factor / total).scatter_add_(-1, targets.unsqueeze(-1), factor)
+    slope.mul_(low.addcmul_(low, low, value=-1.0))
+    return (chosen - total.log()).squeeze(-1), slope.to(raw.dtype)
 
 
 def softcapped_logprobs(raw: Tensor, targets: Tensor, softcap: float, temperature: float) -> Tensor:
-    """Log-probability (n,) of each target from uncapped logits `raw` (n,V)."""
-    logits = torch.tanh(raw.float() / softcap) * (softcap / temperature)
-    return logits.gather(-1, targets.unsqueeze(-1)).squeeze(-1) - logits.logsumexp(dim=-1)
+    """Log-probability (n,) of each target from uncapped logits `raw` (n,V), which are overwritten."""
+    _, logits = _capped(raw, softcap, temperature)
+    chosen = logits.gather(-1, targets.unsqueeze(-1))
+    return (chosen - logits.exp_().sum(-1, keepdim=True).log()).squeeze(-1)
+
+
+def _capped(raw: Tensor, softcap: float, temperature: float) -> tuple[Tensor, Tensor]:
+    """
+    low = (1 - tanh(raw / softcap)) / 2, in fp32, and the capped logits over the temperature up to a number per row.
+
+    low is a sigmoid, which costs a fifth of tanh. Capped logits lie within 2 * softcap of each other, so that exp needs no
+    maximum subtracted unless the temperature is very low (exp(-87) is the least that fp32 holds).
+    """
+    low = raw.float().mul_(-2.0 / softcap).sigmoid_()
+    sharpness = 2.0 * softcap / temperature
+    logits = low * -sharpness
+    if sharpness > 65.0:
+        logits.sub_(logits.amax(-1, keepdim=True))
+    return low, logits
 
 
 @cache
@@ -179,3 +199,23 @@ def weighted_loss(
         return loss, torch.where(live, logprobs, 0.0)
     loss, some = _WeightedLoss.apply(hidden[live], weight, targets[live], scale[live], *arguments)
     return loss, torch.zeros_like(scale).masked_scatter_(live, some)
+
+
+class TiledHead(nn.Module):
+    """
+    The head's matrix as transposed tiles, for a CPU that decodes many rows again and again: at 256 rows a quarter faster
+    than one wide product, whose output does not stay in the cache. Its numbers are those of the matrix at the time.
+    """
+
+    def __init__(self, weight: nn.Parameter) -> None:
+        """From a matrix (V,D)."""
+        super().__init__()
+        self.weight = weight  # shared, for whoever asks for device or dtype
+        self.tiles = [tile.T.contiguous() for tile in weight.detach().split(TILE)]  # (D,tokens) each
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Uncapped logits (R,V) of states (R,D); no gradient."""
+        raw = x.new_empty(len(x), len(self.weight))
+        for tile, columns in zip(self.tiles, raw.split(TILE, dim=1), strict=True):
+            torch.mm(x, tile, out=columns)
+        return raw

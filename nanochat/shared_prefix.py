@@ -22,7 +22,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -40,7 +40,9 @@ class PrefixLayout:
     prompts: Tensor  # (Q, P) index into the row
     completions: Tensor  # (S, R)
     owner: Tensor  # (S,) which prompt a completion continues
-    inverse: Tensor  # (T,) where each token of the row stands in [prompts.flatten(), completions.flatten()]
+    index: Tensor  # (N,) both of them flattened, with 0 for padding; N = Q P + S R
+    inverse: Tensor  # (T,) where each token of the row stands among the N
+    padding: Tensor  # which of the N hold no token
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +83,36 @@ def _moved(holder: RLBatch | PrefixLayout, device: torch.device | str) -> dict[s
     return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in values.items()}
 
 
+class _ToBlocks(torch.autograd.Function):
+    """
+    (T, ...) to (N, ...), the padded blocks of the layout. Its gradient, and that of _ToRow, is again a picking of rows,
+    where torch, which cannot know that no row is picked twice, would add row by row: a twentieth of the update.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, layout: PrefixLayout) -> Tensor:
+        ctx.layout = layout
+        return x.index_select(0, layout.index)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        return grads[0].index_select(0, ctx.layout.inverse), None  # nothing depends on padding
+
+
+class _ToRow(torch.autograd.Function):
+    """(N, ...) back to (T, ...)."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, layout: PrefixLayout) -> Tensor:
+        ctx.layout = layout
+        return y.index_select(0, layout.inverse)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        spread = grads[0].index_select(0, ctx.layout.index)
+        return spread.index_fill_(0, ctx.layout.padding, 0.0), None
+
+
 def prefix_attend(config: GPTConfig, layout: PrefixLayout) -> Attend:
     """Attention over the row of a PrefixLayout."""
     masks: dict[tuple[str, int | None], Tensor] = {}
@@ -93,24 +125,34 @@ def prefix_attend(config: GPTConfig, layout: PrefixLayout) -> Attend:
     def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         window = config.window(layer)
         grouped = q.size(2) != k.size(2)
-        at_prompt, at_completion = layout.prompts.clamp(min=0), layout.completions.clamp(min=0)
-        pq, pk, pv = (x[0][at_prompt].transpose(1, 2) for x in (q, k, v))  # (Q, H, P, hd)
+        num_prompts, num_completions = layout.prompts.numel(), layout.completions.numel()
+        blocks = [
+            _ToBlocks.apply(x.flatten(0, 1), layout).split([num_prompts, num_completions]) for x in (q, k, v)
+        ]
+        pq, pk, pv = (
+            x.unflatten(0, layout.prompts.shape).transpose(1, 2) for x, _ in blocks
+        )  # (Q, H, P, hd)
         if window is None or window >= pq.size(2):
             y = F.scaled_dot_product_attention(pq, pk, pv, is_causal=True, enable_gqa=grouped)
         else:
             allowed = mask("prompt", window, _prompt_mask)
             y = F.scaled_dot_product_attention(pq, pk, pv, attn_mask=allowed, enable_gqa=grouped)
         y = y.transpose(1, 2).flatten(0, 1)  # (Q P, H, hd)
-        if layout.completions.numel():
-            sq, sk, sv = (x[0][at_completion].transpose(1, 2) for x in (q, k, v))  # (S, H, R, hd)
-            keys = torch.cat([pk[layout.owner], sk], dim=2)  # (S, H, P + R, hd)
-            values = torch.cat([pv[layout.owner], sv], dim=2)
+        if num_completions:
+            sq, sk, sv = (x.unflatten(0, layout.completions.shape).transpose(1, 2) for _, x in blocks)
+            keys = torch.cat([_of_owners(pk, layout), sk], dim=2)  # (S, H, P + R, hd)
+            values = torch.cat([_of_owners(pv, layout), sv], dim=2)
             allowed = mask("completion", window, _completion_mask)
             own = F.scaled_dot_product_attention(sq, keys, values, attn_mask=allowed, enable_gqa=grouped)
             y = torch.cat([y, own.transpose(1, 2).flatten(0, 1)])
-        return y[layout.inverse].unsqueeze(0)  # (1, T, H, hd)
+        return cast(Tensor, _ToRow.apply(y, layout)).unsqueeze(0)  # (1, T, H, hd)
 
     return attend
+
+
+def _of_owners(x: Tensor, layout: PrefixLayout) -> Tensor:
+    """What the prompts have (Q, ...), for each completion (S, ...)."""
+    return x.expand(len(layout.owner), *x.shape[1:]) if len(x) == 1 else x.index_select(0, layout.owner)
 
 
 def _prompt_mask(layout: PrefixLayout, window: int | None) -> Tensor:
@@ -163,6 +205,12 @@ def microbatches(
     return [_plain_batch([e for part in plan for e in part], smear, weight) for plan in rows]
 
 
+def tokens_of_rows(groups: Sequence[Sequence[Episode]], num_rows: int) -> int:
+    """A token budget: what `num_rows` plain rows of the longest episode's length would take; 0 without episodes."""
+    lengths = (len(e.prompt_ids) + _length(e) for group in groups for e in group)
+    return num_rows * max(lengths, default=0)
+
+
 def _length(episode: Episode) -> int:
     return len(episode.completion.ids)
 
@@ -213,7 +261,12 @@ def _shared_batch(parts: Sequence[Sequence[Episode]], smear: int, weight: Callab
     prompts, completions = _padded(spans[: len(parts)]), _padded(spans[len(parts) :])
     flat = torch.cat([prompts.flatten(), completions.flatten()])
     layout = PrefixLayout(
-        prompts, completions, torch.tensor(owner), flat.argsort(stable=True)[(flat < 0).sum() :]
+        prompts=prompts,
+        completions=completions,
+        owner=torch.tensor(owner),
+        index=flat.clamp(min=0),
+        inverse=flat.argsort(stable=True)[(flat < 0).sum() :],
+        padding=(flat < 0).nonzero().flatten(),
     )
     predict = [[spans[i][-1], *span] for i, span in zip(owner, spans[len(parts) :], strict=True)]
     inputs = (

@@ -17,9 +17,10 @@ import dataclasses
 import hashlib
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from datetime import datetime
+from functools import partial
 from typing import Any
 
 import torch
@@ -27,7 +28,7 @@ import torch
 from nanochat import checkpoint_manager, checkpoints
 from nanochat.checkpoint_manager import PendingSave
 from nanochat.checkpoints import Checkpoint
-from nanochat.common import UserError, World, print0
+from nanochat.common import UserError, World, peak_memory_mb, print0
 from nanochat.config import StageConfig
 from nanochat.dataloader import merge_states
 from nanochat.gpt import GPT
@@ -41,6 +42,7 @@ from nanochat.train import NonFiniteGuard, Step, peak_flops
 OPERATIONAL = {
     "run", "model_tag", "device_type", "dtype", "wandb_project", "wandb_entity", "device_batch_size", "eval_every",
     "eval_examples", "eval_tokens", "save_every", "keep_last", "log_every", "resume", "step", "save_tag", "label",
+    "compile",
 }  # fmt: skip
 
 
@@ -85,6 +87,7 @@ class Stage:
         self._began = time.perf_counter()
         self._stopping = self._last = False
         self._pending: PendingSave | None = None
+        self._held: Callable[[], None] | None = None  # logs the step before
 
     def remembered(self, prefix: str) -> dict[str, Any]:
         """What the checkpoint holds of the last evaluation, for a run that ends before the next."""
@@ -101,8 +104,21 @@ class Stage:
         print0(f"going on from {self._resumed}")
 
     def report(self, step: Step, num_steps: int, model: GPT, sequence_len: int) -> None:
-        """Log one supervised step; print a line when it is due."""
+        """Log one supervised step; print a line when it is due. On a GPU steps in between are logged one late."""
         due = step.due(self.config.log_every) or step.index == 1
+        self._log_held()
+        write = partial(self._report, step, num_steps, model, sequence_len, due=due)
+        if due or step.last or step.result.ready is None:
+            write()
+        else:
+            self._held = write  # its loss is still being computed, and the next step not yet queued
+
+    def _log_held(self) -> None:
+        write, self._held = self._held, None
+        if write is not None:
+            write()
+
+    def _report(self, step: Step, num_steps: int, model: GPT, sequence_len: int, *, due: bool) -> None:
         metrics: dict[str, Any] = {
             "train/loss": step.loss,
             "train/grad_norm": step.grad_norm,
@@ -127,6 +143,7 @@ class Stage:
 
     def log(self, index: int, metrics: dict[str, Any]) -> None:
         """Log what an evaluation found, and print its numbers."""
+        self._log_held()
         if not metrics:
             return
         self.tracker.log(index, metrics)
@@ -159,6 +176,7 @@ class Stage:
         """Save a checkpoint that the same command goes on from; every rank calls. Raises Stopped when that was asked for."""
         self.settle(index)
         began = time.perf_counter()
+        self._log_held()
         merged = None if data_state is None else merge_states(self.world.gather(data_state))
         improved = best_value is not None and (self.best is None or best_value > self.best)
         self.best = best_value if improved else self.best
@@ -248,6 +266,7 @@ def _opened(
                 if world.size == 1:  # with others, they may be what failed, and would be waited for
                     stage.settle(tracker.files.step if tracker.files else 0)
                 raise
+        print0(f"{record}: at most {peak_memory_mb(world.device):,.0f} MB of memory on this rank")
 
 
 def _own_checkpoint(source: str, tag: str, made_by: str, resume: bool, world: World) -> Checkpoint | None:

@@ -333,3 +333,8 @@ def compile_model(model: GPT) -> GPT:
     model.packed_hidden = torch.compile(model.packed_hidden, dynamic=False)  # type: ignore[method-assign]
     model.fused_head = True
     return model
+
+
+def compiles(choice: str, world: World) -> bool:
+    """What the flag --compile says: on, off, or auto for where it wins, which is a GPU."""
+    return choice == "on" or (choice == "auto" and world.device.type == "cuda")

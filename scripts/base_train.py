@@ -87,7 +87,7 @@ def main(config: Config) -> None:
     from nanochat.stage import open_stage, tell
     from nanochat.supervised import grad_accum_steps, optimizer_for, text_bpb
     from nanochat.tokenizer import load_tokenizer
-    from nanochat.train import next_token_loss, train_steps
+    from nanochat.train import compile_model, compiles, next_token_loss, train_steps
     from tasks.catalog import left_out, pretraining_texts
     from tasks.prose import Drill
 
@@ -100,6 +100,8 @@ def main(config: Config) -> None:
     if num_steps < 0:
         num_steps = max(1, int(config.target_param_data_ratio * model.num_params()) // step_tokens)
     print0(f"{model.num_params():,} parameters, {num_steps:,} steps of {step_tokens:,} tokens")
+    if compiles(config.compile, world):
+        compile_model(model)
     optimizer = optimizer_for(model, config, world)
     schedule = partial(
         trapezoid,

@@ -107,7 +107,7 @@ class Config(StageConfig):
     max_steps: int = -1
     """steps, where not a whole number of passes"""
     device_batch_size: int = 8
-    """completions of full length in one microbatch on one device; lower it when memory runs out"""
+    """a microbatch takes as many tokens as so many of the step's longest rows; lower it when memory runs out"""
     # watching
     eval_every: int = 60
     """steps between validations; -1: never"""
@@ -172,8 +172,10 @@ def main(config: Config) -> None:
     from nanochat.policy_gradient import update_policy
     from nanochat.rl import randomize_rewards, step_metrics, with_advantages
     from nanochat.schedule import linear_to_zero
+    from nanochat.shared_prefix import tokens_of_rows
     from nanochat.stage import open_stage, tell
     from nanochat.telemetry import Clock, Telemetry, frozen_copy
+    from nanochat.train import compiles
 
     world = compute_init(config.device_type, config.dtype, config.seed)
     objective = config.objective
@@ -187,7 +189,7 @@ def main(config: Config) -> None:
         else config.num_epochs * len(questions) // config.examples_per_step
     )
     reference = frozen_copy(policy) if config.kl_every > 0 or config.kl_coef else None
-    engine = Engine(policy, tokenizer)
+    engine = Engine(policy, tokenizer, compiled=compiles(config.compile, world))
     optimizer = make_rl_optimizer(policy, config, world)
     control = "random" if config.reward_control == "random" else ""
     tag = config.save_tag or "-".join(filter(None, [config.model_tag or find_tag(config.source), control]))
@@ -228,6 +230,7 @@ def main(config: Config) -> None:
                 )
                 metrics |= telemetry.look(step, groups, letters=letters, attention=attention)
             clock.lap("telemetry")
+            engine.release()
             lr_scale = linear_to_zero(step - 1, num_steps=num_steps)
             metrics |= update_policy(
                 policy,
@@ -237,7 +240,7 @@ def main(config: Config) -> None:
                 reference=reference,
                 world=world,
                 lr_scale=lr_scale,
-                token_budget=config.device_batch_size * config.max_new_tokens,
+                token_budget=tokens_of_rows(groups, config.device_batch_size),
                 max_grad_norm=config.max_grad_norm,
                 want_update_norm=True,
                 guard=stage.guard,

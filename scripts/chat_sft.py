@@ -49,7 +49,7 @@ def main(config: Config) -> None:
     from nanochat.schedule import trapezoid
     from nanochat.stage import open_stage, tell
     from nanochat.supervised import conversation_loss, grad_accum_steps, optimizer_for, supervised_steps
-    from nanochat.train import next_token_loss, train_steps
+    from nanochat.train import compile_model, compiles, next_token_loss, train_steps
     from tasks.catalog import assemble, at_most, problems, sft_parts
 
     world = compute_init(config.device_type, config.dtype, config.seed)
@@ -67,6 +67,8 @@ def main(config: Config) -> None:
         "world": world,
     }
     grad_accum = grad_accum_steps(config, sequence_len, world)
+    if compiles(config.compile, world):
+        compile_model(model)
     optimizer = optimizer_for(model, config, world)
     tag = config.save_tag or config.model_tag or find_tag(config.source)
     with open_stage("sft", config, world, tag=tag, parent=parent, record=config.label) as stage:

@@ -38,7 +38,7 @@ def main(config: Config) -> None:
     from nanochat.schedule import trapezoid
     from nanochat.stage import open_stage, tell
     from nanochat.supervised import grad_accum_steps, optimizer_for, supervised_steps, text_bpb
-    from nanochat.train import next_token_loss, train_steps
+    from nanochat.train import compile_model, compiles, next_token_loss, train_steps
     from tasks.catalog import assemble, at_most, mid_parts, problems
 
     world = compute_init(config.device_type, config.dtype, config.seed)
@@ -55,6 +55,8 @@ def main(config: Config) -> None:
         "world": world,
     }
     grad_accum = grad_accum_steps(config, sequence_len, world)
+    if compiles(config.compile, world):
+        compile_model(model)
     optimizer = optimizer_for(model, config, world)
     with open_stage("mid", config, world, tag=config.model_tag or find_tag("base"), parent=parent) as stage:
         tell(stage.tracker, notes)

@@ -82,7 +82,8 @@ install() {
     find_or_install_rust
     say "installing packages into $ENVIRONMENT and building rustbpe (once; minutes)"
     # --inexact: the tests' packages stay when the main job syncs, and the other way round.
-    uv sync --inexact ${flags[@]+"${flags[@]}"} ||
+    # --compile-bytecode: where PYTHONDONTWRITEBYTECODE is set, as in many containers, every start would compile anew.
+    uv sync --inexact --compile-bytecode ${flags[@]+"${flags[@]}"} ||
       die "uv could not install the packages; the lines above say why. Free disk: $(df -h . | awk 'END {print $4}')"
     printf '%s\n' "$print" >"$stamp"
   fi

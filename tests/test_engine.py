@@ -642,3 +642,12 @@ def test_looking_ahead_gives_the_plain_forwards_logits_and_leaves_no_trace(shape
 
     assert run(look=True) == run(look=False), "to the last bit"
     assert looks >= 3
+
+
+def test_a_released_engine_takes_its_memory_anew() -> None:
+    engine = Engine(make_model(), Characters())  # type: ignore[arg-type]
+    first = engine.generate([[BOS, USER, USER_END, ANSWER]], max_tokens=5, seeds=[1])
+    assert len(engine.spare) == 1
+    engine.release()
+    assert engine.spare == []
+    assert engine.generate([[BOS, USER, USER_END, ANSWER]], max_tokens=5, seeds=[1]) == first

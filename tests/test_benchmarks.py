@@ -1,0 +1,82 @@
+"""The benchmarks' own claims: both sides do the same work, phases add up, and they run from end to end, small."""
+
+from __future__ import annotations
+
+import json
+import time
+
+import pytest
+
+from benchmarks import growth, rl_step, startup
+from nanochat.common import UserError
+
+SMALL = rl_step.Config(
+    depths="2",
+    questions=3,
+    samples=4,
+    max_tokens=6,
+    rows_per_call=2,
+    vocab_size=300,
+    repeats=1,
+    memory=False,
+    reference_stride=2,
+)
+
+
+def test_a_phase_within_another_stops_the_outer_clock() -> None:
+    watch = rl_step.Watch()
+    with watch.phase("reward"):
+        watch.timing("rollout", time.sleep)(0.05)
+    assert watch.seconds["rollout"] >= 0.05
+    assert watch.seconds["reward"] < 0.04
+
+
+@pytest.mark.parametrize("stop_chance", [0.0, 0.2])
+def test_both_sides_of_the_rl_step_learn_the_same(stop_chance: float) -> None:
+    bench = rl_step.Bench.open(rl_step.dataclasses.replace(SMALL, stop_chance=stop_chance))
+    sides = {name: rl_step.make_side(name, bench, 2) for name in rl_step.SIDES}
+    rl_step.check_agreement(sides, 1e-3)
+    groups = sides["ours"].sample(1)
+    shorter = [group[:2] for group in groups]
+    found = {name: side.update(groups if name == "ours" else shorter) for name, side in sides.items()}
+    assert found["ours"] != pytest.approx(found["reference"], rel=1e-3)  # the check can fail
+
+
+def test_dead_questions_are_dead_and_the_others_mostly_live() -> None:
+    bench = rl_step.Bench.open(rl_step.dataclasses.replace(SMALL, samples=16, dead=1 / 3))
+    live = [rl_step.is_live(group) for group in rl_step.Ours(bench, 2).sample(0)]
+    assert live[-1] is False and any(live[:-1])
+
+
+def test_the_rl_step_prints_a_row_for_each_side_and_one_line_of_json(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    rl_step.main(SMALL)
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    ours, reference = found["results"]
+    assert (ours["side"], reference["side"], reference["ratio"]) == ("ours", "reference", 1.0)
+    assert ours["tokens"] == reference["tokens"] == pytest.approx(3 * 4 * 6)
+    assert sum(ours[phase] for phase in rl_step.PHASES) == pytest.approx(ours["seconds"])
+
+
+def test_every_script_with_a_command_line_is_timed() -> None:
+    names = startup.scripts_with_help("")
+    assert {"base_train", "chat_rl", "chat_cli"} <= set(names)
+    with pytest.raises(UserError, match="there is no chat_clu"):
+        startup.scripts_with_help("chat_clu")
+
+
+def test_growth_runs_small_and_draws(tmp_path) -> None:
+    config = growth.Config(
+        parts="rollout,train", rows="1,2", contexts="16,32", depths="2", max_tokens=4, vocab_size=300,
+        repeats=1, batch_tokens=64, figure=str(tmp_path / "growth.svg"),
+    )  # fmt: skip
+    rows = growth.measure(config)
+    assert {row["part"] for row in rows} == {"rows", "context", "train"}
+    assert all(row["microseconds_per_token"] > 0 for row in rows)
+    growth.draw(rows, tmp_path / "growth.svg")
+    assert 1000 < (tmp_path / "growth.svg").stat().st_size < 1_000_000
+
+
+def test_the_exponent_of_a_power_is_found() -> None:
+    assert growth.exponent([1, 2, 4, 8], [3.0, 12.0, 48.0, 192.0]) == pytest.approx(2.0)
