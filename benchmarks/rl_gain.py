@@ -22,7 +22,9 @@ from pathlib import Path
 
 from nanochat.common import UserError, base_dir
 from nanochat.config import cli
+from nanochat.report_text import percent, table
 from nanochat.rl_gain import SFT, Gain, as_numbers, gain_table, load_gain, mean, paired, seeds_table
+from nanochat.run_files import read_lines
 
 ROOT = Path(__file__).resolve().parent.parent
 RL = "RL against SFT"
@@ -73,6 +75,26 @@ def broken_bounds(gains: Sequence[Gain]) -> Iterator[str]:
             yield "RL from worked rationales loses more than 2 points"
 
 
+def kinds_table(seeds: Sequence[str], task: str) -> str:
+    """SFT and RL by family and difficulty, the questions of all seeds together; '' for a task without families."""
+    counts: dict[
+        tuple[str, int], list[float]
+    ] = {}  # (family, difficulty) -> questions, right after SFT, after RL
+    for seed in seeds:
+        for place, stage in enumerate((SFT, "chat_eval_rl"), start=1):
+            path = folder_of(seed) / "runs" / f"seed{seed}" / stage / "tables" / "outcomes" / f"{task}.jsonl"
+            for row in read_lines(path):
+                if "family" in row:
+                    found = counts.setdefault((row["family"], row["difficulty"]), [0, 0, 0])
+                    found[0] += place == 1
+                    found[place] += row["correct"]
+    rows = [
+        [family, str(level), str(n), percent(before / n), percent(after / n)]
+        for (family, level), (n, before, after) in sorted(counts.items())
+    ]
+    return table(["family", "difficulty", "n", "SFT", "RL"], rows)
+
+
 def main(config: Config) -> None:
     """Run what is not there yet, print the tables, one JSON line, and the bounds that do not hold."""
     seeds = [seed.strip() for seed in config.seeds.split(",") if seed.strip()]
@@ -86,6 +108,7 @@ def main(config: Config) -> None:
             raise UserError(f"{gain.run} has no evaluation of RL on {config.task}; run without --only_table")
         print(f"## {gain.run}\n\n{gain_table(gain)}\n")
     print(f"## All seeds, {config.task}\n\n{seeds_table(gains)}\n")
+    print(f"## By family and difficulty\n\n{kinds_table(seeds, config.task)}\n")
     broken = list(broken_bounds(gains))
     print(
         json.dumps(
