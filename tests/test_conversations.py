@@ -105,7 +105,7 @@ def dealt_lengths(task: Any, size: int) -> tuple[list[Any], ...]:
 
 
 def ranked(task: Any, rank: int, size: int) -> World:
-    return Ranked(rank, rank, size, torch.device("cpu"), torch.float32, dealt_lengths(task, size))
+    return Ranked(rank, rank, size, torch.device("cpu"), torch.float32, said=dealt_lengths(task, size))
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 4])
