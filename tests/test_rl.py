@@ -32,6 +32,7 @@ from nanochat.rl import (
     step_metrics,
     with_advantages,
 )
+from nanochat.schedule import linear_to_zero
 from nanochat.shared_prefix import microbatches
 from tests.gloo import single
 from tests.rl_fakes import ByteTokenizer, Choices, Reward, ScriptedEngine, episode, small_model
@@ -250,14 +251,16 @@ def speak_letters(model: GPT, tokenizer: ByteTokenizer, task: Marked, *, num_ste
 def test_a_policy_learns_to_copy_the_marked_letter_from_chance_to_ninety_percent() -> None:
     """The whole loop: sample, mark, advantage, update; and the result on questions it has not seen."""
     tokenizer, train, held_out = ByteTokenizer(alphabet="* "), Marked(256, 0), Marked(128, 1)
-    torch.manual_seed(0)
+    torch.manual_seed(2)
     model = GPT(
         GPTConfig.for_depth(2, vocab_size=tokenizer.vocab_size, sequence_len=32, n_embd=64, n_head=4, smear=1)
     )
     speak_letters(model, tokenizer, train, num_steps=20)
     engine, optimizer = Engine(model, tokenizer), make_adamw(model, lr=3e-3, world=ALONE)
     history: list[float] = []
-    for step in range(200):
+    # Letters that are never sampled are never learnt: the entropy bonus keeps all five in play, whatever the rounding.
+    objective, num_steps = Objective(entropy_coef=0.05), 250
+    for step in range(num_steps):
         if sum(history[-10:]) > 9.3:
             break
         questions = [(q, train[q]) for q in questions_for_step(0, step, 256, 32)]
@@ -265,7 +268,15 @@ def test_a_policy_learns_to_copy_the_marked_letter_from_chance_to_ninety_percent
         groups = rollout(engine, tokenizer, train, questions, num_samples=16, seeds=seeds, max_tokens=3)
         history.append(step_metrics(groups, temperature=1.0, world=ALONE)["rl/acc"])
         groups = with_advantages(groups, "zscore")
-        update_policy(model, optimizer, groups, objective=Objective(), world=ALONE, token_budget=10_000)
+        update_policy(
+            model,
+            optimizer,
+            groups,
+            objective=objective,
+            world=ALONE,
+            lr_scale=linear_to_zero(step, num_steps=num_steps),
+            token_budget=10_000,
+        )
     questions = [(i, held_out[i]) for i in range(128)]
     final = rollout(
         engine, tokenizer, held_out, questions, num_samples=1, seeds=range(128), max_tokens=3, temperature=0.0
