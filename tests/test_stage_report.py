@@ -26,7 +26,7 @@ class Event:
 
 def make_stage(rows: list[tuple[int, dict[str, Any]]]) -> Stage:
     tracker = SimpleNamespace(log=lambda index, metrics: rows.append((index, metrics)))
-    config = SimpleNamespace(log_every=4, save_every=-1, keep_last=1)
+    config = SimpleNamespace(run="dummy", log_every=4, save_every=-1, keep_last=1)
     return Stage("base", config, single(), tracker, tag="d1", made_by="", resumed=None)  # type: ignore[arg-type]
 
 
