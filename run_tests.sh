@@ -3,6 +3,7 @@
 #
 #   bash run_tests.sh             everything; tests marked gpu only where there is a GPU
 #   FAST=1 bash run_tests.sh      without the tests that take minutes
+#   LONG=1 bash run_tests.sh      also those that take many minutes or want a quiet machine
 #   bash run_tests.sh -k bpe      more words go to pytest
 set -euo pipefail
 
@@ -44,7 +45,8 @@ check "cargo clippy" cargo clippy "${rust[@]}" --all-targets --all-features -- -
 check "cargo test" cargo test "${rust[@]}"
 
 marks=""
-[ -z "${FAST:-}" ] || marks="not slow"
+[ -n "${LONG:-}" ] || marks="not long"
+[ -z "${FAST:-}" ] || marks="${marks:+$marks and }not slow"
 nvidia-smi >/dev/null 2>&1 || marks="${marks:+$marks and }not gpu"
 if [ ${#failed[@]} -gt 0 ]; then printf 'failed so far: %s\n' "${failed[*]}"; fi
 check "pytest" python -m pytest -m "$marks" --durations=10 "$@"

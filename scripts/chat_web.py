@@ -117,6 +117,7 @@ def bind(host: str, port: int) -> Any:
             1024
         )  # taken now: two servers that both reuse the address must not both believe they have it
     except OSError as error:
+        listening.close()
         raise UserError(
             f"cannot listen on {host}:{port}: {error.strerror or error}; try another --port"
         ) from None

@@ -88,7 +88,7 @@ def test_a_failure_on_node_0_ends_both(tmp_path: Path) -> None:
     assert not (tmp_path / "ran").exists()
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_storage_that_is_not_shared_is_found_out_first(tmp_path: Path) -> None:
     nodes = two_nodes(tmp_path, PIPE, shared=False)
     assert nodes[1].returncode == 1 and "put it on shared storage" in nodes[1].stderr
@@ -140,7 +140,7 @@ def test_sky_yaml_runs_what_is_here_and_cannot_be_left_running() -> None:
     assert read.returncode == 0, read.stderr
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_whole_pipeline_on_two_nodes_of_loopback(tmp_path: Path) -> None:
     port, nodes = str(free_port()), []
     for rank in ("0", "1"):

@@ -42,7 +42,7 @@ def benchmark(*words: str) -> dict[str, Any]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_two_hundred_clients_for_a_minute_and_sixteen_against_one() -> None:
     told = benchmark("--crowd=200", "--crowd_seconds=60", "--seconds=6", "--n_embd=128", "--max_tokens=32")
     heard = told["crowd_200"]
