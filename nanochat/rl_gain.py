@@ -138,7 +138,7 @@ def gain_table(gain: Gain) -> str:
         f"{pair.gained} gained, {pair.lost} lost, McNemar p = {pair.p:.2g}."
         for condition, other, pair in gain.comparisons()
     ]
-    return table(["", "accuracy (95 %)", "questions", "RL time"], rows) + "\n\n" + "\n".join(sentences)
+    return table(["", "accuracy (95 %)", "questions", "training"], rows) + "\n\n" + "\n".join(sentences)
 
 
 def seeds_table(gains: Sequence[Gain]) -> str:
