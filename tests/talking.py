@@ -71,8 +71,12 @@ def talking_model(steps: int = 150) -> tuple[GPT, Tokenizer]:
     return model.eval(), tokenizer
 
 
-def endless_model() -> GPT:
-    """The same model, which never draws a stop token."""
+def endless_model(pause: float = 0.0) -> GPT:
+    """The same model, which never draws a stop token, and takes ``pause`` seconds more for every token.
+
+    An answer is cut at 128 tokens, which the bare model writes in a third of a second: whoever means to interrupt it
+    needs the pause, or a busy machine lets the answer end first.
+    """
     known, tokenizer = talking_model()
     model = copy.deepcopy(known)
     with torch.no_grad():
@@ -80,6 +84,8 @@ def endless_model() -> GPT:
             # Capped logits of such a row are about -15 wherever the others are not all negative.
             states = model.hidden(torch.tensor([tokenizer.encode("hello", bos=True)]))[0]
             model.lm_head.weight[tokenizer.special(name)] = -20 * states.mean(0)
+    if pause:
+        model.transformer.h[0].register_forward_pre_hook(lambda *_: time.sleep(pause))
     return model
 
 

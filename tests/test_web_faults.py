@@ -31,7 +31,7 @@ def url() -> Iterator[str]:
 @pytest.fixture
 def endless() -> Iterator[str]:
     """A server with two rows, of a model that has forgotten how to stop, and room for three in line."""
-    with serving(make_host(model=endless_model(), max_rows=2, max_waiting=3)) as address:
+    with serving(make_host(model=endless_model(pause=0.02), max_rows=2, max_waiting=3)) as address:
         yield address
 
 

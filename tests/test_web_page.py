@@ -164,7 +164,7 @@ def test_text_is_text_whoever_wrote_it(browser: Any, url: str) -> None:
 
 
 def test_stop_ends_the_answer_here_and_on_the_server(browser: Any) -> None:
-    with serving(make_host(model=endless_model())) as url, Visit(browser, url) as visit:
+    with serving(make_host(model=endless_model(pause=0.25))) as url, Visit(browser, url) as visit:
         for way in ("click", "Escape"):
             visit.ask("hello")
             visit.page.locator("#send[aria-label=Stop]").wait_for()
