@@ -1,0 +1,183 @@
+"""
+How far does a size get on AQuA's dev set? The whole pipeline for several seeds, RL on AQuA, and the rows of docs/results.md.
+
+    NANOCHAT_DATA_DIR=... python -m benchmarks.results --size=0.4M --seeds=42,43,44
+
+Each seed is `bash run_aquarat_small.sh` from the tokenizer on, in a base directory of its own. After base, SFT and RL the
+model is asked all dev questions, greedily, as they stand and in all five cyclic orders of their options, so that no fondness
+for a letter helps; after RL also sixteen times at temperature 1, for the majority's vote. Finished stages are skipped, so
+the command can be stopped and typed again. `--only_table=1` runs nothing and reads what is there.
+
+Any knob of scripts/presets.py can stand in the environment; it then holds in place of the size's own.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from nanochat.common import UserError, base_dir
+from nanochat.config import cli
+from nanochat.report_text import percent, table
+from nanochat.rl_gain import mean, points, standard_error
+from nanochat.run_files import read_json
+
+ROOT = Path(__file__).resolve().parent.parent
+TASKS = "AQUA|SYNTHETIC"
+CPU = {"PRESET": "cpu", "RL_STEPS": "280"}  # one pass over the AQuA rows at hand
+SIZES: dict[str, dict[str, str]] = {
+    "0.4M": CPU,
+    "0.9M": CPU | {"DEPTH": "4", "N_EMBD": "128", "N_HEAD": "4"},
+    "d8": {"DEPTH": "8"},
+    "d12": {"DEPTH": "12"},
+}
+STAGES = {"base": "base", "SFT": "sft", "RL": "rl"}  # as a table names them: as checkpoints are named
+TRAINED = ("tok_train", "base", "mid", "sft", "rl")
+VOTE = "chat_eval_rl_vote"
+
+
+@dataclass(frozen=True)
+class Config:
+    """Train and ask one size, for several seeds."""
+
+    size: Literal["0.4M", "0.9M", "d8", "d12"] = "0.4M"
+    """parameters for a CPU, depth for GPUs"""
+    seeds: str = "42,43,44"
+    """seeds, with commas between"""
+    samples: int = 16
+    """answers to each question for the majority's vote"""
+    only_table: bool = False
+    """run nothing, read what is there"""
+
+
+def folder_of(size: str, seed: str) -> Path:
+    """The base directory of one seed."""
+    return base_dir() / "results" / size / f"seed{seed}"
+
+
+def run_seed(size: str, seed: str, samples: int) -> None:
+    """The driver, then what it does not ask: the base model, and the vote."""
+    run, folder = f"seed{seed}", folder_of(size, seed)
+    settings = os.environ | {
+        **SIZES[size], **{name: os.environ[name] for name in SIZES[size] if name in os.environ},
+        "SEED": seed, "RUN": run, "NANOCHAT_BASE_DIR": str(folder), "RL_DATASET": "AQUA", "EVAL_TASKS": TASKS,
+        "EXTRA_CHAT_EVAL": "--rotations=5",
+    }  # fmt: skip
+    if subprocess.run(["bash", "run_aquarat_small.sh"], cwd=ROOT, env=settings).returncode:
+        raise UserError(f"seed {seed} failed, see above; the same command goes on from there")
+    rl = read_json(folder / "runs" / run / "chat_eval_rl" / "config.json")["config"]
+    same = [
+        f"--{name}={rl[name]}"
+        for name in ("run", "seed", "model_tag", "device_type", "max_new_tokens", "max_problems")
+    ]
+    for label, flags in (
+        ("chat_eval_base", ["-i", "base", "-a", TASKS, "--rotations=5"]),
+        (VOTE, ["-i", "rl", "-a", "AQUA", "-n", str(samples), "-t", "1.0"]),
+    ):  # fmt: skip
+        done = "results" in read_json(folder / "runs" / run / label / "summary.json")
+        command = [sys.executable, "-m", "scripts.chat_eval", f"--label={label}", *same, *flags]
+        if not done and subprocess.run(command, cwd=ROOT, env=settings).returncode:
+            raise UserError(f"{label} of seed {seed} failed, see above; the same command goes on from there")
+
+
+@dataclass(frozen=True, slots=True)
+class Seed:
+    """What one seed came to: results by stage, and where they come from."""
+
+    name: str
+    results: Mapping[str, Mapping[str, Any]]
+    """by "base", "SFT", "RL" and VOTE, the results of the evaluation's summary"""
+    seconds: float
+    """of training, all stages"""
+    commit: str
+    hardware: str
+
+    def accuracy(self, stage: str, task: str) -> float:
+        return float(self.results[stage][task]["accuracy"])
+
+
+def load_seed(folder: Path, name: str) -> Seed:
+    """The seed whose run directory is `folder`. Raises UserError for one that is not finished."""
+    results = {}
+    for shown, stage in (*STAGES.items(), (VOTE, "rl_vote")):
+        summary = read_json(folder / f"chat_eval_{stage}" / "summary.json")
+        if "results" not in summary:
+            raise UserError(f"{name} has no evaluation chat_eval_{stage}; run without --only_table")
+        results[shown] = summary["results"]
+    seconds = sum(read_json(folder / stage / "summary.json").get("seconds", 0.0) for stage in TRAINED)
+    about = read_json(folder / "chat_eval_rl" / "config.json")
+    system = about["system"]
+    gpus = system["gpus"]
+    hardware = f"{len(gpus)} x {gpus[0]['name']}" if gpus else f"{system['num_cores']} cores, {system['cpu']}"
+    return Seed(name, results, seconds, str(about["commit"])[:7], hardware)
+
+
+def together(seeds: Sequence[Seed], stage: str, task: str, key: str) -> str:
+    """Counts of letters of all seeds, A to E and what could not be read."""
+    counts = [seed.results[stage][task][key] for seed in seeds]
+    return " ".join(str(sum(one.get(letter, 0) for one in counts)) for letter in (*"ABCDE", "none"))
+
+
+def rows(size: str, seeds: Sequence[Seed], task: str) -> list[list[str]]:
+    """A row for each stage: mean, standard error, interval of all answers, and what the mean hides."""
+    found = []
+    for stage in STAGES:
+        each = [seed.accuracy(stage, task) for seed in seeds]
+        turned = [seed.results[stage][f"{task} rotations"] for seed in seeds]
+        results = [seed.results[stage][task] for seed in seeds]
+        p = [
+            f"{100 * (r['accuracy'] - r['before']['accuracy']):+.1f} ({r['mcnemar_p']:.1g})"
+            for r in results
+            if "mcnemar_p" in r
+        ]
+        found.append(
+            [
+                size if stage == "base" else "", stage, f"{percent(mean(each))} ({points(standard_error(each))})",
+                ", ".join(f"{100 * value:.1f}" for value in each), percent(mean([r["majority"] for r in results])),
+                percent(mean([t["eval/rotation_acc"] for t in turned])),
+                percent(mean([t["eval/rotation_consistency"] for t in turned])),
+                together(seeds, stage, task, "predicted"), percent(mean([r["parse_rate"] for r in results])), ", ".join(p),
+            ]
+        )  # fmt: skip
+    return found
+
+
+HEADINGS = (
+    "size", "after", "accuracy, mean (standard error)", "each seed", "commonest letter", "in five orders of the options",
+    "same answer in all orders", "said A B C D E none", "read", "points on SFT (p), each seed",
+)  # fmt: skip
+
+
+def main(config: Config) -> None:
+    """Run what is not there yet, print the rows of both tasks, the vote, and one JSON line."""
+    names = [seed.strip() for seed in config.seeds.split(",") if seed.strip()]
+    if not names or not all(name.isdecimal() for name in names):
+        raise UserError(f"--seeds={config.seeds} are not numbers with commas between, such as 42,43,44")
+    for name in names if not config.only_table else ():
+        run_seed(config.size, name, config.samples)
+    seeds = [
+        load_seed(folder_of(config.size, name) / "runs" / f"seed{name}", f"seed{name}") for name in names
+    ]
+    for task in TASKS.split("|"):
+        n = seeds[0].results["RL"][task]["n"]
+        print(f"## {task}, {n} questions\n\n{table(list(HEADINGS), rows(config.size, seeds, task))}\n")
+    votes = [seed.results[VOTE]["AQUA"] for seed in seeds]
+    print(f"maj@{votes[0]['num_samples']} of RL on AQUA: {', '.join(percent(v['maj']) for v in votes)}")
+    hours = [seed.seconds / 3600 for seed in seeds]
+    print(f"hours of training: {', '.join(f'{h:.2f}' for h in hours)}; {seeds[0].hardware}; commit {', '.join(sorted({s.commit for s in seeds}))}")  # fmt: skip
+    accuracy = {
+        task: {stage: [round(seed.accuracy(stage, task), 4) for seed in seeds] for stage in STAGES}
+        for task in TASKS.split("|")
+    }
+    maj = [round(vote["maj"], 4) for vote in votes]
+    print(json.dumps({"benchmark": "results", "size": config.size, "accuracy": accuracy, "maj": maj}))
+
+
+if __name__ == "__main__":
+    main(cli(Config))
