@@ -195,6 +195,8 @@ def microbatches(
         parts = [part for group in groups for part in _split(sorted(group, key=_length), token_budget)]
         parts.sort(key=lambda part: _length(part[-1]))
         plans = _bins(parts, lambda plan: sum(_shared_cost(part) for part in plan), token_budget)
+        # Largest first: what a smaller one needs fits where a larger one was, and memory does not grow from each to the next.
+        plans.sort(key=lambda plan: sum(map(_shared_cost, plan)), reverse=True)
         return [_shared_batch(plan, smear, weight) for plan in plans]
     episodes = sorted((e for group in groups for e in group), key=lambda e: len(e.prompt_ids) + _length(e))
     rows = _bins(
