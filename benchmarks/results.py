@@ -29,7 +29,7 @@ from nanochat.rl_gain import mean, points, standard_error
 from nanochat.run_files import read_json
 
 ROOT = Path(__file__).resolve().parent.parent
-TASKS = "AQUA|SYNTHETIC"
+TASK = "AQUA"
 CPU = {"PRESET": "cpu", "RL_STEPS": "280"}  # one pass over the AQuA rows at hand
 SIZES: dict[str, dict[str, str]] = {
     "0.4M": CPU,
@@ -66,7 +66,7 @@ def run_seed(size: str, seed: str, samples: int) -> None:
     run, folder = f"seed{seed}", folder_of(size, seed)
     settings = os.environ | {
         **SIZES[size], **{name: os.environ[name] for name in SIZES[size] if name in os.environ},
-        "SEED": seed, "RUN": run, "NANOCHAT_BASE_DIR": str(folder), "RL_DATASET": "AQUA", "EVAL_TASKS": TASKS,
+        "SEED": seed, "RUN": run, "NANOCHAT_BASE_DIR": str(folder), "RL_DATASET": "AQUA", "EVAL_TASKS": TASK,
         "EXTRA_CHAT_EVAL": "--rotations=5",
     }  # fmt: skip
     if subprocess.run(["bash", "run_aquarat_small.sh"], cwd=ROOT, env=settings).returncode:
@@ -77,8 +77,8 @@ def run_seed(size: str, seed: str, samples: int) -> None:
         for name in ("run", "seed", "model_tag", "device_type", "max_new_tokens", "max_problems")
     ]
     for label, flags in (
-        ("chat_eval_base", ["-i", "base", "-a", TASKS, "--rotations=5"]),
-        (VOTE, ["-i", "rl", "-a", "AQUA", "-n", str(samples), "-t", "1.0"]),
+        ("chat_eval_base", ["-i", "base", "-a", TASK, "--rotations=5"]),
+        (VOTE, ["-i", "rl", "-a", TASK, "-n", str(samples), "-t", "1.0"]),
     ):  # fmt: skip
         done = "results" in read_json(folder / "runs" / run / label / "summary.json")
         command = [sys.executable, "-m", "scripts.chat_eval", f"--label={label}", *same, *flags]
@@ -98,8 +98,8 @@ class Seed:
     commit: str
     hardware: str
 
-    def accuracy(self, stage: str, task: str) -> float:
-        return float(self.results[stage][task]["accuracy"])
+    def accuracy(self, stage: str) -> float:
+        return float(self.results[stage][TASK]["accuracy"])
 
 
 def load_seed(folder: Path, name: str) -> Seed:
@@ -118,19 +118,19 @@ def load_seed(folder: Path, name: str) -> Seed:
     return Seed(name, results, seconds, str(about["commit"])[:7], hardware)
 
 
-def together(seeds: Sequence[Seed], stage: str, task: str, key: str) -> str:
+def together(seeds: Sequence[Seed], stage: str, key: str) -> str:
     """Counts of letters of all seeds, A to E and what could not be read."""
-    counts = [seed.results[stage][task][key] for seed in seeds]
+    counts = [seed.results[stage][TASK][key] for seed in seeds]
     return " ".join(str(sum(one.get(letter, 0) for one in counts)) for letter in (*"ABCDE", "none"))
 
 
-def rows(size: str, seeds: Sequence[Seed], task: str) -> list[list[str]]:
+def rows(size: str, seeds: Sequence[Seed]) -> list[list[str]]:
     """A row for each stage: mean, standard error, interval of all answers, and what the mean hides."""
     found = []
     for stage in STAGES:
-        each = [seed.accuracy(stage, task) for seed in seeds]
-        turned = [seed.results[stage][f"{task} rotations"] for seed in seeds]
-        results = [seed.results[stage][task] for seed in seeds]
+        each = [seed.accuracy(stage) for seed in seeds]
+        turned = [seed.results[stage][f"{TASK} rotations"] for seed in seeds]
+        results = [seed.results[stage][TASK] for seed in seeds]
         p = [
             f"{100 * (r['accuracy'] - r['before']['accuracy']):+.1f} ({r['mcnemar_p']:.1g})"
             for r in results
@@ -142,7 +142,7 @@ def rows(size: str, seeds: Sequence[Seed], task: str) -> list[list[str]]:
                 ", ".join(f"{100 * value:.1f}" for value in each), percent(mean([r["majority"] for r in results])),
                 percent(mean([t["eval/rotation_acc"] for t in turned])),
                 percent(mean([t["eval/rotation_consistency"] for t in turned])),
-                together(seeds, stage, task, "predicted"), percent(mean([r["parse_rate"] for r in results])), ", ".join(p),
+                together(seeds, stage, "predicted"), percent(mean([r["parse_rate"] for r in results])), ", ".join(p),
             ]
         )  # fmt: skip
     return found
@@ -155,7 +155,7 @@ HEADINGS = (
 
 
 def main(config: Config) -> None:
-    """Run what is not there yet, print the rows of both tasks, the vote, and one JSON line."""
+    """Run what is not there yet, print the rows, the vote, and one JSON line."""
     names = [seed.strip() for seed in config.seeds.split(",") if seed.strip()]
     if not names or not all(name.isdecimal() for name in names):
         raise UserError(f"--seeds={config.seeds} are not numbers with commas between, such as 42,43,44")
@@ -164,17 +164,13 @@ def main(config: Config) -> None:
     seeds = [
         load_seed(folder_of(config.size, name) / "runs" / f"seed{name}", f"seed{name}") for name in names
     ]
-    for task in TASKS.split("|"):
-        n = seeds[0].results["RL"][task]["n"]
-        print(f"## {task}, {n} questions\n\n{table(list(HEADINGS), rows(config.size, seeds, task))}\n")
-    votes = [seed.results[VOTE]["AQUA"] for seed in seeds]
-    print(f"maj@{votes[0]['num_samples']} of RL on AQUA: {', '.join(percent(v['maj']) for v in votes)}")
+    n = seeds[0].results["RL"][TASK]["n"]
+    print(f"## {TASK}, {n} questions\n\n{table(list(HEADINGS), rows(config.size, seeds))}\n")
+    votes = [seed.results[VOTE][TASK] for seed in seeds]
+    print(f"maj@{votes[0]['num_samples']} of RL on {TASK}: {', '.join(percent(v['maj']) for v in votes)}")
     hours = [seed.seconds / 3600 for seed in seeds]
     print(f"hours of training: {', '.join(f'{h:.2f}' for h in hours)}; {seeds[0].hardware}; commit {', '.join(sorted({s.commit for s in seeds}))}")  # fmt: skip
-    accuracy = {
-        task: {stage: [round(seed.accuracy(stage, task), 4) for seed in seeds] for stage in STAGES}
-        for task in TASKS.split("|")
-    }
+    accuracy = {stage: [round(seed.accuracy(stage), 4) for seed in seeds] for stage in STAGES}
     maj = [round(vote["maj"], 4) for vote in votes]
     print(json.dumps({"benchmark": "results", "size": config.size, "accuracy": accuracy, "maj": maj}))
 

@@ -47,11 +47,11 @@ def test_a_row_has_the_mean_and_what_the_mean_hides(tmp_path: Path) -> None:
     write(tmp_path / "b", 0.22, 0.26, 0.25)
     seeds = [load_seed(tmp_path / name, name) for name in "ab"]
     assert seeds[0].results[VOTE]["AQUA"]["maj"] == 0.31 and seeds[0].hardware == "2 cores, a CPU"
-    base, sft, rl = rows("0.4M", seeds, "AQUA")
+    base, sft, rl = rows("0.4M", seeds)
     assert [row[1] for row in (base, sft, rl)] == list(STAGES) and len(rl) == len(HEADINGS)
     assert rl[2] == "27.5 % (2.5)" and rl[3] == "30.0, 25.0"
     assert rl[-1] == "+6.0 (0.03), -1.0 (0.03)" and sft[-1] == ""
-    assert together(seeds, "RL", "AQUA", "predicted") == "60 40 40 40 10 10"
+    assert together(seeds, "RL", "predicted") == "60 40 40 40 10 10"
 
 
 def test_a_seed_that_is_not_finished_is_refused_by_name(tmp_path: Path) -> None:
