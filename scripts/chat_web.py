@@ -81,6 +81,7 @@ def main(config: Config) -> None:
     import uvicorn
 
     from nanochat.guards import Access, check_binding
+    from nanochat.listening import server_settings
     from nanochat.web import create_app
 
     key = os.environ.get("NANOCHAT_API_KEY", "")
@@ -94,14 +95,10 @@ def main(config: Config) -> None:
     name = f"[{config.host}]" if ":" in config.host else config.host
     print(f"{host.model_id}, step {host.step}: http://{name}:{port}  (API: /v1, Ctrl-C ends)", flush=True)
     print(f"key: {'needed' if key else 'none'} · nothing of a conversation is written down", flush=True)
-    # No access log: it would say who asked when. Errors are logged, and hold no words of a conversation.
-    server = uvicorn.Config(
-        app, log_level="warning", access_log=False, timeout_graceful_shutdown=3, server_header=False, h11_max_incomplete_event_size=65_536
-    )  # fmt: skip
     with contextlib.suppress(
         KeyboardInterrupt
     ):  # uvicorn has ended in good order by then, and raises it once more
-        uvicorn.Server(server).run(sockets=[listening])
+        uvicorn.Server(server_settings(app)).run(sockets=[listening])
 
 
 def bind(host: str, port: int) -> Any:

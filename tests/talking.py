@@ -18,6 +18,7 @@ from nanochat.answering import Defaults, Exam, Host
 from nanochat.engine import Engine
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.guards import Access
+from nanochat.listening import server_settings
 from nanochat.serving import Pool, Scheduler
 from nanochat.tokenizer import Tokenizer
 from nanochat.web import create_app
@@ -79,11 +80,8 @@ def endless_model(pause: float = 0.0) -> GPT:
     """
     known, tokenizer = talking_model()
     model = copy.deepcopy(known)
-    with torch.no_grad():
-        for name in ("<|assistant_end|>", "<|bos|>"):
-            # Capped logits of such a row are about -15 wherever the others are not all negative.
-            states = model.hidden(torch.tensor([tokenizer.encode("hello", bos=True)]))[0]
-            model.lm_head.weight[tokenizer.special(name)] = -20 * states.mean(0)
+    stops = torch.tensor([tokenizer.special(name) for name in ("<|assistant_end|>", "<|bos|>")])
+    model.lm_head.register_forward_hook(lambda _, __, raw: raw.index_fill(-1, stops, -1e4))
     if pause:
         model.transformer.h[0].register_forward_pre_hook(lambda *_: time.sleep(pause))
     return model
@@ -116,14 +114,9 @@ def serving(host: Host, access: Access | None = None) -> Iterator[str]:
     listening = socket.socket()
     listening.bind(("127.0.0.1", 0))
     listening.listen(1024)
-    config = uvicorn.Config(
-        create_app(host, access),
-        log_level="warning",
-        access_log=False,
-        log_config=None,
-        timeout_graceful_shutdown=1,
+    server = uvicorn.Server(
+        server_settings(create_app(host, access), log_config=None, timeout_graceful_shutdown=1)
     )
-    server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)
     thread.start()
     while not server.started and thread.is_alive():

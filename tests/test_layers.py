@@ -16,7 +16,7 @@ LAYERS = [
     "stage supervised telemetry insight serving",
     "report_text figures",
     "run_record rl_gain",
-    "guards api_schema answering streaming openai_routes web report launcher publish export_hf bucket",
+    "guards listening api_schema answering streaming openai_routes web report launcher publish export_hf bucket",
 ]
 RIM = {  # package -> the only modules that may import it
     "wandb": {"tracking"},

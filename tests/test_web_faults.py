@@ -17,6 +17,7 @@ import httpx
 import pytest
 
 from nanochat.guards import MAX_BODY_BYTES, Access
+from nanochat.listening import PatientProtocol
 from tests.talking import endless_model, make_host, serving
 
 HELLO = {"messages": [{"role": "user", "content": "hello"}]}
@@ -103,7 +104,7 @@ def test_a_full_line_is_429_with_the_time_to_come_again_and_health_answers_meanw
     retry: list[str] = []
 
     def ask() -> None:
-        body = {**HELLO, "n": 2, "max_tokens": 240, "temperature": 1.0}
+        body = {**HELLO, "n": 2, "max_tokens": 40, "temperature": 1.0}
         reply = httpx.post(f"{endless}/v1/chat/completions", json=body, timeout=120)
         statuses.append(reply.status_code)
         if reply.status_code == 429:
@@ -172,6 +173,28 @@ def test_bytes_one_by_one_and_connections_that_say_nothing_hold_nobody_up(url: s
     assert time.monotonic() - began < 20
     for connection in idle:
         connection.close()
+
+
+@pytest.mark.parametrize("sent", [b"", b"GET /health HT", b"GET /health HTTP/1.1\r\nHost: 127.0.0.1\r\n"])
+def test_headers_that_do_not_come_end_the_connection(monkeypatch: pytest.MonkeyPatch, sent: bytes) -> None:
+    monkeypatch.setattr(PatientProtocol, "header_seconds", 0.5)
+    whole = b"GET /health HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n"
+    with serving(make_host()) as url:
+        for before in (b"", whole):  # the second request of a connection is no other than the first
+            if before and not sent:
+                continue  # one that waits between two requests is kept for longer
+            began = time.monotonic()
+            got = raw(url, before + sent)
+            # After a whole request the patience is uvicorn's, five seconds, until another byte comes.
+            assert 0.4 < time.monotonic() - began < (8 if before else 4)
+            assert got.count(b"HTTP/1.1 200") == bool(before)
+
+
+def test_an_answer_may_take_longer_than_its_headers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(PatientProtocol, "header_seconds", 0.3)
+    with serving(make_host(model=endless_model(pause=0.1))) as url:
+        reply = httpx.post(f"{url}/v1/chat/completions", json={**HELLO, "max_tokens": 12}, timeout=30)
+        assert reply.json()["usage"]["completion_tokens"] == 12
 
 
 def test_no_word_of_a_conversation_is_logged(
