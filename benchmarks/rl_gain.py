@@ -20,6 +20,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from benchmarks.rl_gain_figure import draw
 from nanochat.common import UserError, base_dir
 from nanochat.config import cli
 from nanochat.report_text import percent, table
@@ -42,6 +43,8 @@ class Config:
     """on how many of the seeds RL is also started from an SFT on worked rationales alone"""
     only_table: bool = False
     """run nothing, read what is there"""
+    figure: str = ""
+    """where to draw it, such as docs/rl_gain.svg"""
 
 
 def folder_of(seed: str) -> Path:
@@ -109,6 +112,9 @@ def main(config: Config) -> None:
         print(f"## {gain.run}\n\n{gain_table(gain)}\n")
     print(f"## All seeds, {config.task}\n\n{seeds_table(gains)}\n")
     print(f"## By family and difficulty\n\n{kinds_table(seeds, config.task)}\n")
+    if config.figure:
+        draw(gains, [folder_of(seed) / "runs" / f"seed{seed}" for seed in seeds], Path(config.figure))
+        print(f"drawn in {config.figure}\n")
     broken = list(broken_bounds(gains))
     print(
         json.dumps(

@@ -110,3 +110,22 @@ def test_every_broken_bound_is_named(tmp_path: Path) -> None:
     write_run(many, before="1100" * 50, after="1110" * 50)
     write(many, "control_rl_worked", "1111100000")
     assert list(broken_bounds([load_gain(many, "SYNTHETIC")])) == []
+
+
+def test_the_picture_has_every_seed_and_the_control(tmp_path: Path) -> None:
+    from benchmarks.rl_gain_figure import draw
+
+    runs = [tmp_path / name for name in ("a", "b")]
+    for run in runs:
+        write_run(run)
+        for stage, better in (("rl", 0.5), ("rl_random", 0.0)):
+            files = Files(run / stage)
+            for step in range(1, 12):
+                files.log(step, {"rl/acc": 0.2 + better * step / 12, "rl/avg_completion_len": 12.0})
+    path = tmp_path / "gain.svg"
+    draw([load_gain(run, "SYNTHETIC") for run in runs], runs, path)
+    text = path.read_text()
+    assert text.count("stroke: #0072b2") > text.count("stroke: #999999") > 4
+    before = path.read_bytes()
+    draw([load_gain(run, "SYNTHETIC") for run in runs], runs, path)
+    assert path.read_bytes() == before
