@@ -13,8 +13,9 @@ from typing import Any
 
 import h11
 import uvicorn
-from fastapi import FastAPI
 from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from nanochat.guards import App
 
 HEADER_SECONDS = 10.0
 MAX_HEADER_BYTES = 65_536
@@ -51,7 +52,7 @@ class PatientProtocol(H11Protocol):
             self._late = None
 
 
-def server_settings(app: FastAPI, **more: Any) -> uvicorn.Config:
+def server_settings(app: App, **more: Any) -> uvicorn.Config:
     """The server's settings. No access log: it would say who asked when. Errors are logged, without a conversation's words."""
     settings: dict[str, Any] = {
         "http": PatientProtocol, "log_level": "warning", "access_log": False, "timeout_graceful_shutdown": 3,
