@@ -87,7 +87,7 @@ def test_the_drivers_take_the_new_name(copy: Path) -> None:
     assert "RL_DATASET=LARGEST\n" in plan.stdout
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_a_tiny_step_of_every_stage(copy: Path) -> None:
     bash(commands_of("Test it").splitlines()[0], copy)
     printed = bash(commands_of("Train a tiny step"), copy).stdout

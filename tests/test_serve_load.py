@@ -42,6 +42,22 @@ def benchmark(*words: str) -> dict[str, Any]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
+@pytest.mark.slow
+def test_two_hundred_clients_get_answers_or_are_told_to_wait() -> None:
+    told = benchmark(
+        "--crowd=200",
+        "--crowd_seconds=8",
+        "--repeats=1",
+        "--seconds=1",
+        "--n_embd=64",
+        "--depth=2",
+        "--max_tokens=8",
+    )
+    heard = told["crowd_200"]
+    assert set(heard["statuses"]) <= {"200", "429"} and heard["answers"] >= 200
+    assert 0 < heard["first_token_p50_ms"] <= heard["first_token_p99_ms"]
+
+
 @pytest.mark.long
 def test_two_hundred_clients_for_a_minute_and_sixteen_against_one() -> None:
     told = benchmark("--crowd=200", "--crowd_seconds=60", "--seconds=6", "--n_embd=128", "--max_tokens=32")
