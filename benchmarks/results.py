@@ -32,6 +32,7 @@ ROOT = Path(__file__).resolve().parent.parent
 TASK = "AQUA"
 CPU = {"PRESET": "cpu", "RL_STEPS": "280"}  # one pass over the AQuA rows at hand
 SIZES: dict[str, dict[str, str]] = {
+    "0.2M": CPU | {"DEPTH": "2", "N_EMBD": "64", "N_HEAD": "2"},
     "0.4M": CPU,
     "0.9M": CPU | {"DEPTH": "4", "N_EMBD": "128", "N_HEAD": "4"},
     "d8": {"DEPTH": "8"},
@@ -46,7 +47,7 @@ VOTE = "chat_eval_rl_vote"
 class Config:
     """Train and ask one size, for several seeds."""
 
-    size: Literal["0.4M", "0.9M", "d8", "d12"] = "0.4M"
+    size: Literal["0.2M", "0.4M", "0.9M", "d8", "d12"] = "0.4M"
     """parameters for a CPU, depth for GPUs"""
     seeds: str = "42,43,44"
     """seeds, with commas between"""
