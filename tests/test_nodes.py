@@ -2,15 +2,27 @@
 
 from __future__ import annotations
 
-import os
 import re
 import socket
 import subprocess
+import threading
+import time
 from pathlib import Path
 
 import pytest
 import yaml
 from test_drivers import ROOT, bash, dry_run, environment, flag, write_driver
+
+from nanochat.common import UserError
+from scripts import nodes as nodes_script
+
+# The lite preset with fewer steps still: what takes the time is starting two agents and two processes for each stage.
+FEW_STEPS = {
+    "BASE_ITERATIONS": "2", "DRILL_ITERATIONS": "1", "MID_ITERATIONS": "2", "SFT_ITERATIONS": "2", "RL_STEPS": "1",
+    "SAVE_EVERY": "-1", "EVAL_EVERY": "-1", "RL_EVAL_EVERY": "-1", "KL_EVERY": "1", "ATTN_EVERY": "1",
+    "EVAL_EXAMPLES": "4", "EVAL_TASKS": "SYNTHETIC", "EVAL_MODE": "letters", "MAX_NEW_TOKENS": "16",
+    "TOK_MAX_CHARS": "100000", "SYNTHETIC_EXAMPLES": "32", "OTHER_EXAMPLES": "8",
+}  # fmt: skip
 
 TOGETHER = """
 import os, torch, torch.distributed as dist
@@ -56,10 +68,23 @@ def two_nodes(
                 ["bash", driver], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
             )
         )
+    return finished(nodes, 240)
+
+
+def finished(nodes: list[subprocess.Popen[str]], seconds: float) -> list[subprocess.CompletedProcess[str]]:
+    """Wait for all of them; none outlives the test, whatever happens."""
     done = []
-    for node in nodes:
-        out, err = node.communicate(timeout=240)
-        done.append(subprocess.CompletedProcess([], node.returncode, out, err))
+    try:
+        for node in nodes:
+            out, err = node.communicate(timeout=seconds)
+            done.append(subprocess.CompletedProcess([], node.returncode, out, err))
+    finally:
+        for node in nodes:
+            node.kill()
+            node.wait()
+            for pipe in (node.stdout, node.stderr):
+                if pipe is not None:
+                    pipe.close()
     return done
 
 
@@ -88,11 +113,81 @@ def test_a_failure_on_node_0_ends_both(tmp_path: Path) -> None:
     assert not (tmp_path / "ran").exists()
 
 
-@pytest.mark.long
 def test_storage_that_is_not_shared_is_found_out_first(tmp_path: Path) -> None:
+    began = time.monotonic()
     nodes = two_nodes(tmp_path, PIPE, shared=False)
     assert nodes[1].returncode == 1 and "put it on shared storage" in nodes[1].stderr
-    assert nodes[0].returncode == 1 and "did not come" in nodes[0].stderr, "node 0 must not wait at a price"
+    assert nodes[0].returncode == 1 and "node 1 gave up before aqua: node 1 does not see" in nodes[0].stderr
+    assert time.monotonic() - began < nodes_script.LATER_SECONDS, "node 0 must not wait at a price"
+    assert not (tmp_path / "ran").exists()
+
+
+def meeting(
+    *others: str, size: int = 2, seconds: float = 20.0, monkeypatch: pytest.MonkeyPatch
+) -> tuple[str, int]:
+    """Node 0's meeting `here`, to which `others` send their lines."""
+    monkeypatch.setattr(nodes_script, "LATER_SECONDS", seconds)
+    port = free_port()
+
+    def come() -> None:
+        for line in others:
+            while True:
+                try:
+                    with socket.create_connection(("127.0.0.1", port), timeout=20) as connection:
+                        connection.sendall(line.encode())
+                        connection.recv(100)
+                    break
+                except ConnectionRefusedError:
+                    time.sleep(0.01)
+
+    thread = threading.Thread(target=come, daemon=True)
+    thread.start()
+    try:
+        return nodes_script.lead("here", ["yes"], run=False, size=size, host="127.0.0.1", port=port)
+    finally:
+        thread.join(20)
+
+
+def test_strangers_and_nodes_that_are_ahead_do_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    lines = ("GET / HTTP/1.1\n", "\n", "there 1\n", "here x\n", "here 0\n", "here 1\n")
+    assert meeting(*lines, monkeypatch=monkeypatch) == ("yes", 0)
+
+
+def test_a_node_that_does_not_come_or_gives_up_ends_the_meeting(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UserError, match=r"nodes \{2\} did not come to here"):
+        meeting("here 1\n", size=3, seconds=0.3, monkeypatch=monkeypatch)
+    with pytest.raises(UserError, match="node 2 gave up before here: no disk there"):
+        meeting("here 1\n", "leave 2 no disk there\n", size=3, monkeypatch=monkeypatch)
+
+
+def test_giving_up_reaches_node_0_at_whatever_meeting_is_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    port = free_port()
+    leaver = threading.Thread(target=nodes_script.leave, args=("no  disk\n",), kwargs={"rank": 1, "host": "127.0.0.1", "port": port})  # fmt: skip
+    leaver.start()
+    time.sleep(0.5)  # nobody is there yet
+    with pytest.raises(UserError, match="node 1 gave up before later: no disk"):
+        nodes_script.lead("later", ["yes"], run=False, size=3, host="127.0.0.1", port=port)
+    leaver.join(10)
+    assert not leaver.is_alive()
+
+
+def test_a_node_0_that_dies_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its connection breaks in the middle of a meeting."""
+    monkeypatch.setattr(nodes_script, "GONE_SECONDS", 0.5)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+
+        def dies() -> None:
+            connection, _ = server.accept()
+            connection.recv(100)
+            connection.close()
+            server.close()
+
+        thread = threading.Thread(target=dies)
+        thread.start()
+        with pytest.raises(UserError, match="node 0 at 127.0.0.1:.* is gone or never came to stage"):
+            nodes_script.follow("stage", rank=1, host="127.0.0.1", port=port)
+        thread.join(10)
 
 
 def test_the_dry_run_shows_torchrun_on_every_node(tmp_path: Path) -> None:
@@ -142,19 +237,26 @@ def test_sky_yaml_runs_what_is_here_and_cannot_be_left_running() -> None:
 
 @pytest.mark.long
 def test_the_whole_pipeline_on_two_nodes_of_loopback(tmp_path: Path) -> None:
-    port, nodes = str(free_port()), []
-    for rank in ("0", "1"):
-        env = environment(tmp_path, RUN="two", NO_INSTALL="1", NNODES="2", NODE_RANK=rank, MASTER_PORT=port, NPROC="1", WANDB_MODE="disabled")  # fmt: skip
-        out = (tmp_path / f"node{rank}").open("w")
-        nodes.append(
-            subprocess.Popen(["bash", "run_aquarat_lite.sh"], cwd=ROOT, env=env, stdout=out, stderr=out)
-        )
-        out.close()
-    codes = [node.wait(timeout=1500) for node in nodes]
-    assert codes == [0, 0], (tmp_path / "node0").read_text()[-3000:] + (tmp_path / "node1").read_text()[
-        -2000:
-    ]
+    port, nodes, logs = str(free_port()), [], [tmp_path / "node0", tmp_path / "node1"]
+    for rank, log in enumerate(logs):
+        env = environment(
+            tmp_path, RUN="two", NO_INSTALL="1", NNODES="2", NODE_RANK=str(rank), MASTER_PORT=port, NPROC="1",
+            WANDB_MODE="disabled", OMP_NUM_THREADS="1", **FEW_STEPS,
+        )  # fmt: skip
+        with log.open("w") as out:
+            nodes.append(
+                subprocess.Popen(
+                    ["bash", "run_aquarat_lite.sh"], cwd=ROOT, env=env, stdout=out, stderr=out, text=True
+                )
+            )
+    done = finished(nodes, 1500)
+    said = [log.read_text() for log in logs]
+    assert [node.returncode for node in done] == [0, 0], said[0][-3000:] + said[1][-2000:]
+    assert "all stages finished" in said[0] and said[0].count("cpu (1 threads) · 2 ranks") == 9, (
+        "ranks work together"
+    )
+    assert [text.count(": finished in ") for text in said] == [12, 12], "both go through every stage"
     for folder in ("base", "mid", "chatsft", "chatrl"):
         tag = tmp_path / "base" / f"{folder}_checkpoints" / "d2"
         assert list(tag.glob("optim_*_rank1.pt")), f"{folder}: the second node saved its share"
-    os.unlink(ROOT / "report.md") if (ROOT / "report.md").exists() else None
+    (ROOT / "report.md").unlink(missing_ok=True)
