@@ -14,7 +14,7 @@ import pytest
 from cloud_fakes import ROOT, repository
 
 from nanochat.config import parse
-from nanochat.launcher import check, with_any
+from nanochat.launch_flags import check, with_any
 
 sys.path.insert(0, str(ROOT))
 DOCUMENTS = ("README.md", "QUICKSTART.md", "LAMBDA_MANUAL_SETUP.md")

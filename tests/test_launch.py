@@ -13,7 +13,7 @@ import pytest
 from cloud_fakes import KEY, ROOT, FakeLambda, FastClock, OtherSide, fast_python, other_side, repository
 
 from nanochat.common import UserError
-from nanochat.launcher import with_any
+from nanochat.launch_flags import with_any
 from nanochat.remote_job import Job, dotenv, environment
 
 SECRET = "wandb-secret-0123456789"
