@@ -14,7 +14,7 @@ import sys
 import threading
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
@@ -123,6 +123,11 @@ class FakeLambda:
     seconds_between: float = 1.0
     list_lag: int = 0
     """listings in which a new machine does not appear yet"""
+    prices: dict[str, int] = field(default_factory=dict)
+    """cents that differ from those of TYPES"""
+    before_listing: Callable[[int], None] = lambda count: None
+    """called with 1, 2, ... before the account answers what can be rented"""
+    num_listings: int = 0
 
     # ---- what a test asks
 
@@ -183,10 +188,12 @@ class FakeLambda:
 
     def route(self, method: str, path: str, body: Any) -> Response:
         if (method, path) == ("GET", "/instance-types"):
+            self.num_listings += 1
+            self.before_listing(self.num_listings)
             return data(
                 {
-                    n: {"instance_type": t, "regions_with_capacity_available": self._regions(n)}
-                    for n, t in TYPES.items()
+                    n: {"instance_type": self._type(n), "regions_with_capacity_available": self._regions(n)}
+                    for n in TYPES
                 }
             )
         if (method, path) == ("GET", "/ssh-keys"):
@@ -211,6 +218,12 @@ class FakeLambda:
             return self.terminate(body["instance_ids"])
         return error(404, "global/object-does-not-exist")
 
+    def _type(self, name: str) -> dict[str, Any]:
+        return {
+            **TYPES[name],
+            "price_cents_per_hour": self.prices.get(name, TYPES[name]["price_cents_per_hour"]),
+        }
+
     def _regions(self, name: str) -> list[dict[str, str]]:
         return [{"name": r, "description": r} for r in self.capacity.get(name, [])]
 
@@ -230,7 +243,7 @@ class FakeLambda:
             "id": instance_id, "name": body.get("name", ""), "status": "booting", "polls": 0, "hidden": self.list_lag,
             "ssh_key_names": body["ssh_key_names"], "file_system_names": [], "tags": body.get("tags", []),
             "region": {"name": body["region_name"], "description": "x"},
-            "instance_type": TYPES[body["instance_type_name"]], "jupyter_token": "jupyter-secret",
+            "instance_type": self._type(body["instance_type_name"]), "jupyter_token": "jupyter-secret",
             "actions": dict.fromkeys(("migrate", "rebuild", "restart", "cold_reboot", "terminate"), available),
         }  # fmt: skip
         return data({"instance_ids": [instance_id]})

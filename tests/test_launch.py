@@ -402,7 +402,7 @@ def test_a_real_sshd_pins_its_key_takes_secrets_and_sends_files(tmp_path: Path, 
     try:
         wait_for_ssh(remote, max_wait_seconds=20, poll_seconds=0.2)
         assert remote.pinned and "[127.0.0.1]" in remote.known_hosts.read_text()
-        echoed = run(remote, f"cat >{tmp_path}/secret; ps -eo args | grep -c {SECRET[:6]}[{SECRET[6]}] || true",
+        echoed = run(remote, f"cat >{tmp_path}/secret; ps -eo args | grep -c {SECRET[:-1]}[{SECRET[-1]}] || true",
                      more_input=SECRET.encode())  # fmt: skip
         assert (tmp_path / "secret").read_text() == SECRET and echoed.strip() == "0"
         with pytest.raises(SshError, match="exit status 3"):
