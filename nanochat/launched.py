@@ -90,7 +90,9 @@ def _how_it_does(launcher: Launcher, instance: Instance) -> str:
 def bring_home(launcher: Launcher, remote: Remote) -> Path:
     """Bring reports and checkpoints home, and look whether they are whole; the folder."""
     config = launcher.config
-    target = Path(config.fetch_to).expanduser() if config.fetch_to else base_dir() / "fetched" / remote.name
+    # A machine may have no name, or one that a folder cannot have.
+    name = remote.name if remote_job.plain(remote.name) else remote.instance_id
+    target = Path(config.fetch_to).expanduser() if config.fetch_to else base_dir() / "fetched" / name
     folders = ["report", "runs", "tokenizer", *STAGES.values()]
     rules = [] if config.fetch_optimizer else ["- optim_*"]
     rules += ["- *.unfinished", *(f"+ /{folder}/***" for folder in folders), "- *"]

@@ -60,8 +60,10 @@ import runpy, subprocess, sys, time, requests
 monotonic, sleep = time.monotonic, time.sleep
 time.monotonic, time.sleep = lambda: monotonic() * 20, lambda seconds: sleep(seconds / 20)
 sys.argv = sys.argv[1:]
-run = runpy.run_path if sys.argv[0].endswith(".py") else runpy.run_module
-run(sys.argv[0], run_name="__main__")
+if sys.argv[0].endswith(".py"):
+    runpy.run_path(sys.argv[0], run_name="__main__")
+else:
+    runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
 """
 
 

@@ -38,6 +38,7 @@ class FakeHyperbolic:
     """The account. `lose_answer`: the next create happens and is not answered. `name_it`: create names an id."""
 
     clock: Any = field(default_factory=VirtualClock)
+    url: str = ""
     rentals: dict[str, dict[str, Any]] = field(default_factory=dict)
     nodes: list[dict[str, Any]] = field(default_factory=lambda: [node("n1", 149), node("n2", 99, total=1), node("n3", 50, status="node_down")])  # fmt: skip
     taken: set[str] = field(default_factory=set)
