@@ -130,6 +130,8 @@ class FakeLambda:
     before_listing: Callable[[int], None] = lambda count: None
     """called with 1, 2, ... before the account answers what can be rented"""
     num_listings: int = 0
+    lost_launches: int = 0
+    """so many launches happen and are not answered, over a real connection"""
 
     # ---- what a test asks
 
@@ -156,6 +158,10 @@ class FakeLambda:
             from openapi_core.contrib.werkzeug import WerkzeugOpenAPIRequest, WerkzeugOpenAPIResponse
 
             checked.validate_response(WerkzeugOpenAPIRequest(request), WerkzeugOpenAPIResponse(response))
+        if self.lost_launches and request.path.endswith("/launch"):
+            self.lost_launches -= 1
+            environ["werkzeug.socket"].shutdown(2)
+            raise ConnectionError
         return response(environ, start_response)
 
     def respond(self, request: WerkzeugRequest) -> Response:
@@ -341,9 +347,28 @@ shift
 cd "$FAKE_HOME"
 export HOME="$FAKE_HOME" TMUX_TMPDIR="$FAKE_HOME"
 unset LAMBDA_API_KEY HYPERBOLIC_API_KEY WANDB_API_KEY NANOCHAT_BASE_DIR TMUX
-case "$*" in *rsync\ --server*) exec bash -c "$*" ;; esac  # rsync wants both ends of the pipe
+case "$*" in
+  *rsync\ --server*)
+    [ -e "$FAKE_LOG/count" ] || exec bash -c "$*"  # rsync wants both ends of the pipe
+    bash -c "$*" | python3 "$FAKE_LOG/count"
+    exit "${PIPESTATUS[0]}"
+    ;;
+esac
 tee -a "$FAKE_LOG/stdin" | bash -c "$*"
 exit "${PIPESTATUS[1]}"
+"""
+COUNT = """# What rsync sends, counted into `received`; the cable breaks, once, after the number of bytes in `cut`.
+import os, pathlib
+log = pathlib.Path(os.environ["FAKE_LOG"])
+os.set_blocking(1, True)  # rsync's end of it is not
+left = int((log / "cut").read_text()) if (log / "cut").exists() else 1 << 60
+(log / "cut").unlink(missing_ok=True)
+passed = 0
+while passed < left and (block := os.read(0, min(65536, left - passed))):
+    os.write(1, block)
+    passed += len(block)
+with (log / "received").open("a") as file:
+    file.write(f"{passed}\\n")
 """
 TMUX = r"""#!/usr/bin/env bash
 # tmux for tests: new-session -d -s NAME COMMAND and has-session -t =NAME.

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
-from cloud_fakes import KEY, ROOT, FakeLambda, FastClock, OtherSide, fast_python
+from cloud_fakes import COUNT, KEY, ROOT, FakeLambda, FastClock, OtherSide, fast_python
 from laptop import BAD, GOOD, LONG, SECRET, Laptop, starting
 
 from nanochat.common import UserError
@@ -91,6 +91,76 @@ def test_the_simple_launcher_and_the_commands_it_prints(tmp_path: Path, laptop: 
     assert ended.returncode == 0 and "is terminated" in ended.stderr
     again = laptop.run("--terminate", program="launch_lambda.py")
     assert again.returncode == 1 and "there is none" in again.stderr
+
+
+def test_fetch_goes_on_where_the_cable_broke(laptop: Laptop, side: OtherSide, fake: FakeLambda) -> None:
+    assert laptop.run("--ssh-key-name=laptop", "--poll-seconds=2").returncode == 0
+    weights = os.urandom(3_000_000)
+    folder = side.home / ".cache" / "nanochat" / "chatrl_checkpoints" / "d2"
+    folder.mkdir(parents=True)
+    (folder / "model_000003.pt").write_bytes(weights)
+    (side.checkout / ".nanochat-job").mkdir(parents=True)
+    (side.log / "count").write_text(COUNT)
+    (side.log / "cut").write_text("2000000")
+    done = laptop.run("--fetch")
+    assert done.returncode == 0 and "going on where it broke (1 of 5)" in done.stderr, done.stderr
+    fetched = laptop.home / "fetched" / "nanochat-aquarat" / "chatrl_checkpoints" / "d2" / "model_000003.pt"
+    assert fetched.read_bytes() == weights
+    first, second, *_ = (int(line) for line in (side.log / "received").read_text().split())
+    assert first == 2_000_000 and second < 1_300_000, "what had come was not sent again"
+    (side.log / "received").unlink()
+    assert laptop.run("--fetch").returncode == 0
+    assert sum(int(line) for line in (side.log / "received").read_text().split()) < 10_000
+    assert laptop.run("--terminate").returncode == 0
+
+
+def test_logs_follow_a_run_while_it_runs(tmp_path: Path, laptop: Laptop, side: OtherSide, fake: FakeLambda) -> None:  # fmt: skip
+    driver = "echo first; while [ ! -e go ]; do sleep 0.1; done; echo second; sleep 0.5; exit 4\n"
+    assert laptop.run(*started(tmp_path, driver)).returncode == 0
+    words = fast_python("scripts.launch_lambda_training", "--logs")
+    following = subprocess.Popen(words, cwd=ROOT, env=laptop.environment(), stdout=subprocess.PIPE, text=True)
+    assert following.stdout is not None
+    assert following.stdout.readline() == "first\n"
+    assert not (side.checkout / ".nanochat-job" / "status").exists(), "it comes while the run runs"
+    (side.checkout / "go").touch()
+    rest, _ = following.communicate(timeout=60)
+    assert rest == "second\n== ended with exit code 4\n" and following.returncode == 0
+    assert laptop.run("--terminate").returncode == 0
+
+
+def test_a_launch_whose_answer_is_lost_on_the_way(laptop: Laptop, fake: FakeLambda) -> None:
+    """The connection breaks after the deed: a real one, under a real client; the tag finds the machine."""
+    fake.lost_launches = 1
+    done = laptop.run("--poll-seconds=2")
+    assert done.returncode == 0 and "the request left and no answer came" in done.stderr, done.stderr
+    assert len(fake.launches) == 1 and len(fake.running) == 1
+    assert laptop.run("--terminate").returncode == 0
+
+
+def test_attach_waits_for_a_run_that_was_started_before(
+    tmp_path: Path, laptop: Laptop, fake: FakeLambda
+) -> None:
+    assert laptop.run(*started(tmp_path, GOOD)).returncode == 0
+    refused = laptop.run("--attach")
+    assert refused.returncode != 0 and "say so with --terminate-when-done" in refused.stderr
+    done = laptop.run("--attach", "--terminate-when-done", "--poll-seconds=2")
+    assert done.returncode == 0 and "ended with exit code 0" in done.stderr, done.stderr
+    assert (laptop.home / "fetched" / "nanochat-aquarat" / "report" / "report.md").is_file()
+
+
+def test_whoever_stops_watching_is_told_that_it_costs_money(tmp_path: Path, laptop: Laptop, fake: FakeLambda) -> None:  # fmt: skip
+    words = fast_python("scripts.launch_lambda_training", *started(tmp_path, LONG), "--terminate-when-done")
+    running = subprocess.Popen(words, cwd=ROOT, env=laptop.environment(), stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)  # fmt: skip
+    assert running.stdout is not None
+    for line in running.stdout:
+        if line.startswith("end it"):
+            break
+    running.terminate()
+    _, rest = running.communicate(timeout=60)
+    (machine,) = fake.running
+    assert running.returncode == 143 and "the run goes on and costs money" in rest
+    assert f"--attach={machine} --terminate-when-done" in rest
+    assert laptop.run("--terminate").returncode == 0
 
 
 def test_list_types_shows_cents_as_dollars(laptop: Laptop, fake: FakeLambda) -> None:

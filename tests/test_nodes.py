@@ -217,6 +217,54 @@ def test_slurm_starts_one_driver_a_node(tmp_path: Path) -> None:
     assert done.stdout.splitlines() == ["2 0 n1 20154", "2 1 n1 20154"], done.stderr
 
 
+def test_a_tilde_that_no_shell_expanded_is_the_home(tmp_path: Path) -> None:
+    """SkyPilot quotes what stands under envs; Python would read the tilde, so the drivers must too."""
+    env = environment(tmp_path, NO_INSTALL="1", HOME=str(tmp_path), AQUA_DATA_DIR="~")
+    env["NANOCHAT_BASE_DIR"] = yaml.safe_load((ROOT / "sky.yaml").read_text())["envs"]["NANOCHAT_BASE_DIR"]
+    done = bash('source scripts/setup.sh; echo "$NANOCHAT_BASE_DIR $AQUA_DATA_DIR"', env)
+    assert done.stdout.split() == [f"{tmp_path}/nanochat", str(tmp_path)], done.stderr
+
+
+# Keys of SkyPilot's YAML specification (docs.skypilot.co/en/latest/reference/yaml-spec.html), as far as a task may use them.
+SKY_TASK = {"name", "workdir", "num_nodes", "resources", "envs", "secrets", "volumes", "file_mounts", "setup", "run", "config"}  # fmt: skip
+SKY_RESOURCES = {
+    "infra", "accelerators", "accelerator_args", "cpus", "memory", "instance_type", "use_spot", "disk_size", "disk_tier",
+    "network_tier", "ports", "image_id", "labels", "any_of", "ordered", "job_recovery", "autostop",
+}  # fmt: skip
+
+
+def test_sky_yaml_has_only_documented_keys_and_resumes_from_a_bucket() -> None:
+    text = (ROOT / "sky.yaml").read_text()
+    task = yaml.safe_load(text)
+    assert set(task) <= SKY_TASK and set(task["resources"]) <= SKY_RESOURCES
+    for choice in task["resources"]["any_of"]:
+        assert set(choice) <= SKY_RESOURCES
+    assert set(task["resources"]["job_recovery"]) <= {"strategy", "max_restarts_on_errors"}
+    # The mount for spot machines stands there as a comment, since Lambda and RunPod refuse it: uncommented it must be right.
+    commented = re.search(r"^# file_mounts:\n(?:#  .*\n)+", text, re.M)
+    assert commented is not None
+    mounts = yaml.safe_load(re.sub(r"^# ?", "", commented[0], flags=re.M))["file_mounts"]
+    assert mounts == {task["envs"]["NANOCHAT_BASE_DIR"]: {"source": "gs://NAME", "mode": "MOUNT_CACHED"}}
+
+
+def test_what_sky_yaml_runs_starts_the_driver_on_every_node_and_uploads_once(tmp_path: Path) -> None:
+    task = yaml.safe_load((ROOT / "sky.yaml").read_text())
+    (tmp_path / "scripts").mkdir()
+    (tmp_path / "run_aquarat_small.sh").write_text('echo "driver $NNODES $NODE_RANK $MASTER_ADDR"\n')
+    (tmp_path / "scripts" / "upload_to_gcs.sh").write_text('echo "upload $*"\n')
+    said = []
+    for rank, bucket in (("0", "gs://b"), ("1", "gs://b"), ("0", "")):
+        env = {
+            **environment(tmp_path), **task["envs"], "BUCKET": bucket, "SKYPILOT_NUM_NODES": "2",
+            "SKYPILOT_NODE_RANK": rank, "SKYPILOT_NODE_IPS": "10.0.0.1\n10.0.0.2\n",
+        }  # fmt: skip
+        done = bash(task["run"], env, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        said.append(done.stdout.splitlines())
+    upload = "upload --bucket gs://b --run-name aquarat-small --yes"
+    assert said == [["driver 2 0 10.0.0.1", upload], ["driver 2 1 10.0.0.1"], ["driver 2 0 10.0.0.1"]]
+
+
 def test_sky_yaml_runs_what_is_here_and_cannot_be_left_running() -> None:
     text = (ROOT / "sky.yaml").read_text()
     task = yaml.safe_load(text)
