@@ -163,6 +163,30 @@ def test_whoever_stops_watching_is_told_that_it_costs_money(tmp_path: Path, lapt
     assert laptop.run("--terminate").returncode == 0
 
 
+def test_branch_script_session_and_image_are_what_was_asked_for(tmp_path: Path, laptop: Laptop, fake: FakeLambda, side: OtherSide) -> None:  # fmt: skip
+    words = started(tmp_path, BAD)
+    repository = tmp_path / "repository"
+    git = ["git", "-c", "user.name=t", "-c", "user.email=t@example.com", "-c", "commit.gpgsign=false"]
+    subprocess.run([*git, "checkout", "--quiet", "-b", "other"], cwd=repository, check=True)
+    (repository / "mine.sh").write_text("echo mine runs; sleep 30\n")
+    for command in (["add", "."], ["commit", "--quiet", "-m", "x"], ["checkout", "--quiet", "main"]):
+        subprocess.run([*git, *command], cwd=repository, check=True)
+    done = laptop.run(
+        *words,
+        "--branch=other",
+        "--run-script=mine.sh",
+        "--tmux-session=mine",
+        "--image-id=image-7",
+        "--name=m",
+    )
+    assert done.returncode == 0 and "mine runs" in done.stderr, done.stderr
+    assert fake.launches[0]["image"] == {"id": "image-7"} and fake.launches[0]["name"] == "m"
+    assert (side.home / ".session-mine").exists()
+    both = laptop.run("--image-id=a", "--image-family=b")
+    assert both.returncode != 0 and "leave one out" in both.stderr and len(fake.launches) == 1
+    assert laptop.run("--terminate=m").returncode == 0
+
+
 def test_list_types_shows_cents_as_dollars(laptop: Laptop, fake: FakeLambda) -> None:
     fake.capacity["gpu_8x_h100_sxm5"] = []
     done = laptop.run("--list-types", program="launch_lambda.py")
