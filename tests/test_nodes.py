@@ -208,7 +208,7 @@ def test_the_dry_run_shows_torchrun_on_every_node(tmp_path: Path) -> None:
 def test_slurm_starts_one_driver_a_node(tmp_path: Path) -> None:
     env = environment(tmp_path, SLURM_JOB_NODELIST="n[1-2]", SLURM_JOB_ID="77", SLURM_NNODES="2", RUN_SCRIPT=str(tmp_path / "driver.sh"))  # fmt: skip
     tools = tmp_path / "bin"
-    (tools / "scontrol").write_text("#!/bin/sh\necho n1; echo n2\n")
+    (tools / "scontrol").write_text("#!/bin/sh\necho n1; sleep 0.2; echo n2\n")
     (tools / "srun").write_text('#!/bin/bash\nshift\nfor n in 0 1; do SLURM_NODEID=$n "$@"; done\n')
     for name in ("scontrol", "srun"):
         (tools / name).chmod(0o755)
