@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from nanochat.cloud_http import dollars
 from nanochat.config import cli
 from nanochat.lambda_cloud import LambdaCloud
-from nanochat.launcher import with_any
+from nanochat.launch_flags import read_dotenv, with_any
 from scripts import launch_lambda_training as training
 
 COMMAND = "python launch_lambda.py"
@@ -62,5 +62,5 @@ def main(config: Config) -> int:
 
 
 if __name__ == "__main__":
-    training.read_dotenv()
+    read_dotenv()
     sys.exit(main(cli(Config, with_any(sys.argv[1:]))))

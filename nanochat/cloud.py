@@ -196,6 +196,8 @@ def launch_exactly_once(
             found = _look(provider, order, before, clock, patience, looks)
             if found is not None:
                 say(f"{provider.name}: it was: {found}")
+                if unanswered:
+                    unanswered.pop()  # one attempt is explained, any others may still turn up
                 return found
             if attempt == LAUNCHES:
                 raise

@@ -124,9 +124,13 @@ class Hyperbolic:
         else:
             self._client.call("POST", "/v1/marketplace/instances/terminate", {"id": instance_id})
 
-    def balance_cents(self) -> int:
-        """The account's credits in cents."""
-        return _int(self._client.call("GET", "/billing/get_current_balance"), "credits")
+    def balance_cents(self) -> int | None:
+        """The account's credits in cents; None where the API does not say."""
+        try:
+            answer = self._client.call("GET", "/billing/get_current_balance")
+        except Missing:
+            return None
+        return _int(answer, "credits") if isinstance(answer, dict) and "credits" in answer else None
 
 
 def classify(reply: Reply) -> CloudError:

@@ -186,7 +186,8 @@ def stage(files: list[Staged], folder: Path) -> None:
             shutil.copyfile(file.source, target)
     names = {file.name for file in files}
     for name in before - names:
-        (folder / name).unlink(missing_ok=True)
+        if (folder / name).parent.resolve().is_relative_to(folder.resolve()):
+            (folder / name).unlink(missing_ok=True)
     hashes = {name: file_sha256(folder / name) for name in sorted(names)}
     write_atomic(folder / STAGED, json.dumps({"files": hashes}, indent=1) + "\n")
 

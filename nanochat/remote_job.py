@@ -24,7 +24,12 @@ from nanochat.remote import Remote, SshError, run
 
 LOG, STATE, DEFAULT_BASE = "training.log", ".nanochat-job", "~/.cache/nanochat"
 NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
-PLAIN = re.compile(r"[A-Za-z0-9._-]+")
+PLAIN = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
+
+
+def plain(name: str) -> bool:
+    """True for a name that can be a folder or a session without quotes, here and there."""
+    return PLAIN.fullmatch(name) is not None
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +44,7 @@ class Job:
 
     def __post_init__(self) -> None:
         for flag, value in (("--tmux-session", self.session), ("the checkout's folder", self.directory)):
-            if not PLAIN.fullmatch(value) or value.startswith((".", "-")):
+            if not plain(value):
                 raise UserError(f"{flag}={value}: use letters, digits, '-' and '_' only")
         if "@" in self.repo_url.split("://")[-1].split("/")[0] and "://" in self.repo_url:
             raise UserError(

@@ -27,7 +27,7 @@ from typing import Any, Literal, Union, get_args, get_origin
 from nanochat import config as shared
 from nanochat.common import UserError, write_atomic
 from nanochat.config import cli
-from nanochat.launcher import LaunchConfig
+from nanochat.launch_flags import LaunchConfig
 from nanochat.metrics import SECTIONS
 from scripts.presets import KNOBS, PRESETS
 

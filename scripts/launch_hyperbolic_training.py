@@ -12,15 +12,22 @@ Where the API answers strangely, try --api-version=v2, or rent by hand as README
 
 from __future__ import annotations
 
+import os
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from nanochat.cloud import Offer, Order
-from nanochat.cloud_http import NoCapacity, cents, dollars
+from nanochat.cloud_http import NoCapacity, dollars
 from nanochat.common import UserError
 from nanochat.config import cli
 from nanochat.hyperbolic import Hyperbolic, Version
-from nanochat.launcher import LaunchConfig, Launcher, after_launch, check, launch_and_watch, with_any
+from nanochat.launch_flags import LaunchConfig, check, most_cents, read_dotenv, with_any
+from nanochat.launched import after_launch, launch_and_watch
+from nanochat.launcher import Launcher
+from nanochat.remote_job import environment
+from scripts.plan_rented import describe_plan
 
 COMMAND = "python -m scripts.launch_hyperbolic_training"
 
@@ -32,7 +39,7 @@ class Config(LaunchConfig):
     gpu_count: int = 1
     """GPUs of the machine"""
     region: str = ""
-    """only machines there; by default anywhere"""
+    """only machines there, such as us-west; by default anywhere"""
     supplier: str = ""
     """only machines of this supplier"""
     gpu: str = ""
@@ -43,13 +50,14 @@ class Config(LaunchConfig):
     """generation of the API: v1 (marketplace) or v2 (virtual machines)"""
 
 
-def matching(offers: list[Offer], config: Config) -> list[Offer]:
+def matching(offers: Sequence[Offer], config: Config) -> list[Offer]:
     """What the flags allow, cheapest first."""
-    most = None if config.max_price is None else cents(config.max_price, "--max-price")
+    most = most_cents(config)
+    region = "" if config.region in ("auto", "any") else config.region.lower()
     found = [
         offer
         for offer in offers
-        if (not config.region or config.region.lower() in offer.regions[0].lower())
+        if region in offer.regions[0].lower()
         and (not config.supplier or config.supplier.lower() in offer.description.lower())
         and (not config.gpu or config.gpu.lower() in offer.description.lower())
         and (most is None or offer.price_cents_per_hour <= most)
@@ -57,13 +65,35 @@ def matching(offers: list[Offer], config: Config) -> list[Offer]:
     return sorted(found, key=lambda offer: (offer.price_cents_per_hour, offer.instance_type))
 
 
-def show(offers: list[Offer], provider: Hyperbolic) -> None:
-    """A table, and the credits where the account has any to show."""
-    for offer in offers:
-        print(
-            f"{dollars(offer.price_cents_per_hour):>10} an hour  {offer.description:40} {offer.regions[0]:16} {offer.instance_type}"
+def places(config: Config, credits: int | None, offers: Sequence[Offer]) -> list[tuple[Offer, str]]:
+    """
+    What the flags allow and the credits pay an hour of, cheapest first.
+
+    Raises NoCapacity where nothing matches now, UserError where the credits are too few.
+    """
+    found = matching(offers, config)
+    if not found:
+        raise NoCapacity(
+            "Hyperbolic: no machine matches --gpu-count, --region, --supplier, --gpu and --max-price; see --list, or wait "
+            "with --wait-for-capacity"
         )
-    print(f"{len(offers)} offers; credits: {dollars(provider.balance_cents())}")
+    if credits is not None and credits < found[0].price_cents_per_hour:
+        raise UserError(
+            f"the account has {dollars(credits)}, less than an hour of {dollars(found[0].price_cents_per_hour)}; add credits"
+        )
+    return [(o, o.regions[0]) for o in found if credits is None or o.price_cents_per_hour <= credits]
+
+
+def in_words(credits: int | None) -> str:
+    return "not known" if credits is None else dollars(credits)
+
+
+def show(offers: list[Offer], credits: int | None) -> None:
+    """A table, and the credits."""
+    for offer in offers:
+        price = dollars(offer.price_cents_per_hour)
+        print(f"{price:>10} an hour  {offer.description:40} {offer.regions[0]:16} {offer.instance_type}")
+    print(f"{len(offers)} offers; credits: {in_words(credits)}")
 
 
 def main(config: Config) -> int:
@@ -74,34 +104,19 @@ def main(config: Config) -> int:
     status = after_launch(launcher, COMMAND)
     if status is not None:
         return status
-    offers = matching(provider.offers(), config)
-    if config.list:
-        show(offers, provider)
-        return 0
-    if not offers:
-        raise NoCapacity(
-            "Hyperbolic: no machine matches --gpu-count, --region, --supplier, --gpu and --max-price; see --list"
-        )
-    cheapest = offers[0]
     credits = provider.balance_cents()
-    if config.plan:
-        print(f"would rent {cheapest.description}, {cheapest.instance_type}, {dollars(cheapest.price_cents_per_hour)} an hour; credits {dollars(credits)}")  # fmt: skip
+    if config.list:
+        show(matching(provider.offers(), config), credits)
         return 0
-    if credits < cheapest.price_cents_per_hour:
-        raise UserError(
-            f"the account has {dollars(credits)}, less than an hour of {dollars(cheapest.price_cents_per_hour)}; add credits"
+    if config.plan:
+        offer, region = places(config, None, provider.offers())[0]
+        variables = environment(config.env, config.inject_env, os.environ)
+        print(
+            f"{describe_plan(offer, region, variables, config.run_script)}\ncredits     {in_words(credits)}"
         )
-    order = Order(cheapest.instance_type, cheapest.regions[0], config.name, num_gpus=config.gpu_count)
-    return launch_and_watch(launcher, order, "auto", COMMAND)
-
-
-def read_dotenv() -> None:
-    """Take .env of the working directory into the environment; what is there already wins."""
-    try:
-        from dotenv import load_dotenv
-    except ImportError:  # a laptop without the packages: the environment alone
-        return
-    load_dotenv(".env")
+        return 0
+    order = Order("", "", config.name, num_gpus=config.gpu_count)
+    return launch_and_watch(launcher, order, partial(places, config, credits), COMMAND)
 
 
 if __name__ == "__main__":

@@ -16,28 +16,26 @@ from __future__ import annotations
 import os
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
-from nanochat.cloud import Offer, Order, find_offer
-from nanochat.cloud_http import cents, dollars
+from nanochat.cloud import Offer, Order, find_offer, regions_to_try
 from nanochat.common import UserError
 from nanochat.config import cli
 from nanochat.lambda_cloud import LambdaCloud
-from nanochat.launcher import (
-    USER_DATA,
-    LaunchConfig,
-    Launcher,
-    after_launch,
-    check,
-    launch_and_watch,
-    with_any,
-)
+from nanochat.launch_flags import LaunchConfig, check, most_cents, read_dotenv, with_any
+from nanochat.launched import after_launch, launch_and_watch
+from nanochat.launcher import Launcher
 from nanochat.remote_job import environment
-from scripts import plan
-from scripts.presets import GPUS, Machine
+from scripts.plan_rented import describe_plan
+from scripts.presets import GPUS
 
 COMMAND = "python -m scripts.launch_lambda_training"
+USER_DATA = """#cloud-config
+package_update: true
+packages: [git, tmux, curl, rsync]
+"""
 
 
 @dataclass(frozen=True)
@@ -75,6 +73,12 @@ def order_of(config: Config, key_name: str) -> Order:
     )
 
 
+def places(config: Config, offers: Sequence[Offer]) -> list[tuple[Offer, str]]:
+    """The wanted type in every region that has one and is allowed. Raises as find_offer and regions_to_try do."""
+    offer = find_offer(offers, config.instance_type, max_cents_per_hour=most_cents(config))
+    return [(offer, region) for region in regions_to_try(offer, config.region)]
+
+
 def choose_key(wanted: str, there: list[str]) -> str:
     """The account's SSH key of that name, or its only one: Lambda takes exactly one. Raises UserError otherwise."""
     if wanted in there:
@@ -83,44 +87,6 @@ def choose_key(wanted: str, there: list[str]) -> str:
         return there[0]
     listed = ", ".join(there) or "none; add one at https://cloud.lambda.ai/ssh-keys"
     raise UserError(f"--ssh-key-name={wanted}: the account has {listed}; name one of them")
-
-
-def describe_plan(offer: Offer, region: str, variables: Mapping[str, str], run_script: str) -> str:
-    """What the run would take on `offer`, by scripts/plan.py's formulas, in hours and dollars."""
-    machine = machine_of(offer)
-    knobs = dict(variables)
-    if "lite" in run_script:
-        knobs.setdefault("PRESET", "lite")
-    settings = plan.resolve(knobs, machine)
-    stages = plan.work(settings)
-    seconds = plan.seconds(settings, stages, machine.gpu, int(settings["NPROC"]))
-    cost = round(seconds / 3600 * offer.price_cents_per_hour)
-    free = region if region != "auto" else ", ".join(offer.regions) or "no region now"
-    rows = [
-        f"    {w.stage:6} {w.num_steps:>8,} steps {w.num_tokens:>16,} tokens {w.flops:.1e} FLOPs"
-        for w in stages
-    ]
-    return "\n".join(
-        [
-            f"would rent  {offer.instance_type} ({offer.description}) in {free}",
-            f"price       {dollars(offer.price_cents_per_hour)} an hour",
-            f"would run   {run_script}, preset {settings['PRESET']}, {settings['NPROC']} processes, "
-            f"{plan.num_params(plan.model(settings)):,} parameters",
-            *rows,
-            f"training    {seconds / 3600:.2f} hours, {dollars(cost)}",
-            "Set-up, downloads and evaluation come on top; what is assumed stands in scripts/presets.py. Nothing was rented.",
-        ]
-    )
-
-
-def machine_of(offer: Offer) -> Machine:
-    """The machine as scripts/plan.py sees it. Raises UserError for a GPU that presets.py does not know."""
-    known = next((g for g in GPUS if re.search(g.pattern, offer.description)), None)
-    if known is None:
-        raise UserError(
-            f"--plan: no figures for {offer.description}; scripts/presets.py knows {', '.join(g.name for g in GPUS)}"
-        )
-    return Machine((offer.description,) * offer.num_gpus, known.memory_gib, 16 * offer.num_gpus)
 
 
 def listed_offer(instance_type: str) -> Offer:
@@ -142,13 +108,13 @@ def show_plan(config: Config) -> None:
     """Print the plan: today's price with a key, the list price without one."""
     variables = environment(config.env, config.inject_env, os.environ)
     if os.environ.get("LAMBDA_API_KEY"):
-        most = None if config.max_price is None else cents(config.max_price, "--max-price")
         offers = LambdaCloud.from_environment().offers()
-        offer = find_offer(offers, config.instance_type, max_cents_per_hour=most)
+        offer = find_offer(offers, config.instance_type, max_cents_per_hour=most_cents(config))
     else:
         offer = listed_offer(config.instance_type)
         print("LAMBDA_API_KEY is not set: the price is the list price of scripts/presets.py")
-    print(describe_plan(offer, config.region, variables, config.run_script))
+    where = config.region if config.region != "auto" else ", ".join(offer.regions) or "no region now"
+    print(describe_plan(offer, where, variables, config.run_script))
 
 
 def main(config: Config, command: str = COMMAND) -> int:
@@ -165,17 +131,8 @@ def main(config: Config, command: str = COMMAND) -> int:
     status = after_launch(launcher, command)
     if status is not None:
         return status
-    key = choose_key(config.ssh_key_name, provider.ssh_key_names())
-    return launch_and_watch(launcher, order_of(config, key), config.region, command)
-
-
-def read_dotenv() -> None:
-    """Take .env of the working directory into the environment; what is there already wins."""
-    try:
-        from dotenv import load_dotenv
-    except ImportError:  # a laptop without the packages: the environment alone
-        return
-    load_dotenv(".env")
+    order = order_of(config, choose_key(config.ssh_key_name, provider.ssh_key_names()))
+    return launch_and_watch(launcher, order, partial(places, config), command)
 
 
 if __name__ == "__main__":

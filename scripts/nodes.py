@@ -3,6 +3,7 @@ Agreement among the nodes of one run, for scripts/pipeline.sh. Node 0 decides, t
 
     python -m scripts.nodes NAME -- VALUE            every node prints node 0's VALUE
     python -m scripts.nodes NAME --run -- COMMAND    node 0 runs COMMAND; every node exits with its exit code
+    python -m scripts.nodes leave -- WHY             another node gives up: node 0 hears why at its next meeting, and ends
 
 NNODES, NODE_RANK, MASTER_ADDR and MASTER_PORT say who is who; the meeting place is MASTER_PORT + 1, since torchrun has
 MASTER_PORT. Nothing is kept on disk, so an earlier attempt cannot be mistaken for this one, and the others wait on an open
@@ -23,7 +24,7 @@ from nanochat.common import UserError
 MEETING_SECONDS = 1800.0  # nodes boot and install at their own pace
 LATER_SECONDS = 120.0  # once all have met, nobody is that far behind: who does not come is dead
 GONE_SECONDS = 60.0  # longest that node 0 takes from one meeting to the next
-AGAIN = "again"
+AGAIN, LEAVE = "again", "leave"
 
 
 def patience(name: str) -> float:
@@ -48,12 +49,17 @@ def lead(name: str, words: list[str], *, run: bool, size: int, host: str, port: 
                 raise UserError(f"nodes {missing} did not come to {name}; are they alive?") from None
             with connection:
                 connection.settimeout(30)
-                asked, _, rank = _line(connection).rpartition(" ")
+                asked, rank, why = _question(connection)
+                if asked == LEAVE:
+                    raise UserError(f"node {rank} gave up before {name}: {why}")
                 # Another name is a node that is ahead of us: its meeting is the next.
-                known = asked == name and rank.isdigit() and int(rank) in missing
-                connection.sendall(f"{'=' + answer if known else AGAIN}\n".encode())
+                known = asked == name and rank in missing
+                try:
+                    connection.sendall(f"{'=' + answer if known else AGAIN}\n".encode())
+                except OSError:  # it hung up; a live one comes again
+                    continue
                 if known:
-                    missing.discard(int(rank))
+                    missing.discard(rank)
     return answer, status
 
 
@@ -79,6 +85,30 @@ def follow(name: str, *, rank: int, host: str, port: int) -> str:
     raise UserError(f"node {rank}: node 0 at {host}:{port} is gone or never came to {name}; see its log")
 
 
+def leave(why: str, *, rank: int, host: str, port: int) -> None:
+    """Tell node 0 that this node gives up, so that it need not wait at a price; nothing where it never meets again."""
+    deadline = time.monotonic() + LATER_SECONDS
+    while time.monotonic() < deadline:
+        try:
+            with socket.create_connection((host, port), timeout=10) as connection:
+                connection.sendall(f"{LEAVE} {rank} {' '.join(why.split())}\n".encode())
+                connection.settimeout(GONE_SECONDS)
+                if not _line(connection):  # node 0 takes it without an answer
+                    return
+        except OSError:
+            pass
+        time.sleep(0.2)
+
+
+def _question(connection: socket.socket) -> tuple[str, int, str]:
+    """(name, rank, why) of what a node asks; ("", -1, "") of anything else that comes to a port."""
+    try:
+        name, rank, *why = _line(connection).split(" ", 2)
+        return name, int(rank), "".join(why)
+    except (OSError, ValueError):
+        return "", -1, ""
+
+
 def _line(connection: socket.socket) -> str:
     """One line, '' where the other side hangs up or says nothing in time."""
     data = b""
@@ -100,6 +130,9 @@ def main(argv: list[str]) -> int:
     rank, size = int(env.get("NODE_RANK", "0")), int(env.get("NNODES", "1"))
     host, port = env.get("MASTER_ADDR", "127.0.0.1"), int(env.get("MASTER_PORT", "29500")) + 1
     try:
+        if name == LEAVE:
+            leave(" ".join(words), rank=rank, host=host, port=port)
+            return 0
         if rank == 0:
             answer, status = lead(name, words, run=run, size=size, host=host, port=port)
         else:

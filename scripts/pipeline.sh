@@ -30,10 +30,14 @@ if [ "$NNODES" -gt 1 ] && [ -z "${DRY_RUN:-}" ]; then
   mkdir -p "$NANOCHAT_BASE_DIR"
   [ "$NODE_RANK" != 0 ] || date +%s%N >"$NANOCHAT_BASE_DIR/.nodes"
   seen=$(agree nodes "$(cat "$NANOCHAT_BASE_DIR/.nodes" 2>/dev/null)") || exit
-  [ "$(cat "$NANOCHAT_BASE_DIR/.nodes" 2>/dev/null)" = "$seen" ] ||
-    die "node $NODE_RANK does not see node 0's NANOCHAT_BASE_DIR=$NANOCHAT_BASE_DIR; put it on shared storage"
+  if [ "$(cat "$NANOCHAT_BASE_DIR/.nodes" 2>/dev/null)" != "$seen" ]; then
+    why="node $NODE_RANK does not see node 0's NANOCHAT_BASE_DIR=$NANOCHAT_BASE_DIR; put it on shared storage"
+    "$PYTHON" -m scripts.nodes leave -- "$why"
+    die "$why"
+  fi
   # What one node finds, the data or the network, must count for all: their commands have to be the same.
-  AQUA_ROWS=$(agree aqua "$AQUA_ROWS") NETWORK=$(agree network "$NETWORK") || exit
+  AQUA_ROWS=$(agree aqua "$AQUA_ROWS") || exit
+  NETWORK=$(agree network "$NETWORK") || exit
 fi
 
 # Flags that every stage with a model knows; an empty knob leaves its flag to the stage.
@@ -138,7 +142,7 @@ fi
 
 # The report is written every time: it costs seconds and reads what all stages left.
 need report after=chat_eval_rl single nanochat.report generate "$RUN"
-if [ -z "${DRY_RUN:-}" ]; then
+if [ -z "${DRY_RUN:-}" ] && [ "$NODE_RANK" = 0 ]; then
   "$PYTHON" -m nanochat.report summarize "$RUN"
   printf '== all stages finished, %d min in this sitting; report: %s\n' $((SECONDS / 60)) "$PWD/report.md"
 fi

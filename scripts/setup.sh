@@ -9,13 +9,20 @@
 say() { printf '%s\n' "$*" >&2; }
 die() { say "error: $*"; exit 1; }
 
-# A relative folder in the environment means the place where the user stands, not the repository.
-for folder in NANOCHAT_BASE_DIR NANOCHAT_DATA_DIR AQUA_DATA_DIR NANOCHAT_AQUA_DIR; do
-  case "${!folder:-}" in
-    '' | /* | '~'*) ;;
-    *) export "$folder=$PWD/${!folder}" ;;
-  esac
-done
+# A relative folder in the environment means the place where the user stands, not the repository. A tilde that no shell has
+# expanded, as in .env and sky.yaml, is the home: Python would read it so, and the drivers must mean the same folder.
+absolute_folders() {
+  local folder
+  for folder in NANOCHAT_BASE_DIR NANOCHAT_DATA_DIR AQUA_DATA_DIR NANOCHAT_AQUA_DIR; do
+    case "${!folder:-}" in
+      '' | /*) ;;
+      [~] | [~]/*) export "$folder=$HOME${!folder#\~}" ;;
+      [~]*) ;;
+      *) export "$folder=$PWD/${!folder}" ;;
+    esac
+  done
+}
+absolute_folders
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
 
 ENVIRONMENT=${UV_PROJECT_ENVIRONMENT:-.venv}
@@ -118,6 +125,7 @@ if [ -x "$ENVIRONMENT/bin/python" ]; then
   export PATH
   PYTHON=python
   read_dotenv
+  absolute_folders
 else
   PYTHON=$(find_python)
   [ -n "$PYTHON" ] || die "Python 3.10 or newer is missing; install it, for example: sudo apt-get install python3"

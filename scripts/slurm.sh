@@ -12,7 +12,8 @@
 set -euo pipefail
 
 cd "${SLURM_SUBMIT_DIR:-.}"
-MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+hosts=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
+MASTER_ADDR=${hosts%%$'\n'*} # not through head, which hangs up on scontrol, and pipefail would end the job without a word
 # Jobs that share a node must not share a port.
 MASTER_PORT=$((20000 + SLURM_JOB_ID % 10000 * 2))
 export MASTER_ADDR MASTER_PORT

@@ -14,7 +14,7 @@ import sys
 import threading
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
@@ -60,8 +60,10 @@ import runpy, subprocess, sys, time, requests
 monotonic, sleep = time.monotonic, time.sleep
 time.monotonic, time.sleep = lambda: monotonic() * 20, lambda seconds: sleep(seconds / 20)
 sys.argv = sys.argv[1:]
-run = runpy.run_path if sys.argv[0].endswith(".py") else runpy.run_module
-run(sys.argv[0], run_name="__main__")
+if sys.argv[0].endswith(".py"):
+    runpy.run_path(sys.argv[0], run_name="__main__")
+else:
+    runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
 """
 
 
@@ -123,6 +125,13 @@ class FakeLambda:
     seconds_between: float = 1.0
     list_lag: int = 0
     """listings in which a new machine does not appear yet"""
+    prices: dict[str, int] = field(default_factory=dict)
+    """cents that differ from those of TYPES"""
+    before_listing: Callable[[int], None] = lambda count: None
+    """called with 1, 2, ... before the account answers what can be rented"""
+    num_listings: int = 0
+    lost_launches: int = 0
+    """so many launches happen and are not answered, over a real connection"""
 
     # ---- what a test asks
 
@@ -149,6 +158,10 @@ class FakeLambda:
             from openapi_core.contrib.werkzeug import WerkzeugOpenAPIRequest, WerkzeugOpenAPIResponse
 
             checked.validate_response(WerkzeugOpenAPIRequest(request), WerkzeugOpenAPIResponse(response))
+        if self.lost_launches and request.path.endswith("/launch"):
+            self.lost_launches -= 1
+            environ["werkzeug.socket"].shutdown(2)
+            raise ConnectionError
         return response(environ, start_response)
 
     def respond(self, request: WerkzeugRequest) -> Response:
@@ -183,10 +196,12 @@ class FakeLambda:
 
     def route(self, method: str, path: str, body: Any) -> Response:
         if (method, path) == ("GET", "/instance-types"):
+            self.num_listings += 1
+            self.before_listing(self.num_listings)
             return data(
                 {
-                    n: {"instance_type": t, "regions_with_capacity_available": self._regions(n)}
-                    for n, t in TYPES.items()
+                    n: {"instance_type": self._type(n), "regions_with_capacity_available": self._regions(n)}
+                    for n in TYPES
                 }
             )
         if (method, path) == ("GET", "/ssh-keys"):
@@ -211,6 +226,12 @@ class FakeLambda:
             return self.terminate(body["instance_ids"])
         return error(404, "global/object-does-not-exist")
 
+    def _type(self, name: str) -> dict[str, Any]:
+        return {
+            **TYPES[name],
+            "price_cents_per_hour": self.prices.get(name, TYPES[name]["price_cents_per_hour"]),
+        }
+
     def _regions(self, name: str) -> list[dict[str, str]]:
         return [{"name": r, "description": r} for r in self.capacity.get(name, [])]
 
@@ -230,7 +251,7 @@ class FakeLambda:
             "id": instance_id, "name": body.get("name", ""), "status": "booting", "polls": 0, "hidden": self.list_lag,
             "ssh_key_names": body["ssh_key_names"], "file_system_names": [], "tags": body.get("tags", []),
             "region": {"name": body["region_name"], "description": "x"},
-            "instance_type": TYPES[body["instance_type_name"]], "jupyter_token": "jupyter-secret",
+            "instance_type": self._type(body["instance_type_name"]), "jupyter_token": "jupyter-secret",
             "actions": dict.fromkeys(("migrate", "rebuild", "restart", "cold_reboot", "terminate"), available),
         }  # fmt: skip
         return data({"instance_ids": [instance_id]})
@@ -326,9 +347,28 @@ shift
 cd "$FAKE_HOME"
 export HOME="$FAKE_HOME" TMUX_TMPDIR="$FAKE_HOME"
 unset LAMBDA_API_KEY HYPERBOLIC_API_KEY WANDB_API_KEY NANOCHAT_BASE_DIR TMUX
-case "$*" in *rsync\ --server*) exec bash -c "$*" ;; esac  # rsync wants both ends of the pipe
+case "$*" in
+  *rsync\ --server*)
+    [ -e "$FAKE_LOG/count" ] || exec bash -c "$*"  # rsync wants both ends of the pipe
+    bash -c "$*" | python3 "$FAKE_LOG/count"
+    exit "${PIPESTATUS[0]}"
+    ;;
+esac
 tee -a "$FAKE_LOG/stdin" | bash -c "$*"
 exit "${PIPESTATUS[1]}"
+"""
+COUNT = """# What rsync sends, counted into `received`; the cable breaks, once, after the number of bytes in `cut`.
+import os, pathlib
+log = pathlib.Path(os.environ["FAKE_LOG"])
+os.set_blocking(1, True)  # rsync's end of it is not
+left = int((log / "cut").read_text()) if (log / "cut").exists() else 1 << 60
+(log / "cut").unlink(missing_ok=True)
+passed = 0
+while passed < left and (block := os.read(0, min(65536, left - passed))):
+    os.write(1, block)
+    passed += len(block)
+with (log / "received").open("a") as file:
+    file.write(f"{passed}\\n")
 """
 TMUX = r"""#!/usr/bin/env bash
 # tmux for tests: new-session -d -s NAME COMMAND and has-session -t =NAME.

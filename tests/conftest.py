@@ -1,6 +1,11 @@
-"""`pytest --fuzz=50`: fifty times as many examples in every property test, for a long night."""
+"""`pytest --fuzz=50`: fifty times as many examples in every property test, for a long night. And what several files share."""
 
 from __future__ import annotations
+
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import is_hypothesis_test, settings
@@ -23,3 +28,14 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             said = getattr(function, INTERNAL, settings.default)
             more = settings(said, max_examples=factor * said.max_examples, deadline=None)
             setattr(function, INTERNAL, more)
+
+
+@pytest.fixture
+def side(tmp_path: Path) -> Iterator[Any]:
+    """The other side of ssh (cloud_fakes.OtherSide), on which nothing runs any more when the test ends."""
+    from cloud_fakes import other_side
+
+    there = other_side(tmp_path / "side")
+    yield there
+    for session in there.home.glob(".session-*"):  # what a test left running on the "machine"
+        subprocess.run(["pkill", "-s", session.read_text().strip()], check=False)

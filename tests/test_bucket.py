@@ -141,6 +141,37 @@ def test_the_commands(base: Path, bucket: Any, tmp_path: Path, capsys: pytest.Ca
         fetch_run.main(fetch_run.Config(bucket="gs://b", run_name="nope"))
 
 
+def test_the_shell_command_uploads_for_real_and_ends_the_machine_through_the_api(
+    base: Path, bucket: Any
+) -> None:
+    """As it runs on a rented machine: real client and HTTP on both sides, the emulator and a fake Lambda behind them."""
+    from cloud_fakes import KEY, FakeLambda, FastClock
+
+    account = FakeLambda(clock=FastClock(), seconds_between=0.0)
+    with account.served() as url:
+        from nanochat.cloud import Order
+        from nanochat.lambda_cloud import LambdaCloud
+
+        order = Order("gpu_1x_a10", "us-east-1", "x", ssh_key_name="laptop")
+        machine = LambdaCloud(KEY, base_url=url).launch(order)
+        env = {
+            **os.environ,
+            "LAMBDA_API_KEY": KEY,
+            "LAMBDA_API_BASE": url,
+            "GCS_BUCKET": "b",
+            "NO_INSTALL": "1",
+        }
+        words = ["--run-name", "r1", "--exclude-data", "--yes", "--auto-terminate", machine]
+        done = subprocess.run(
+            ["bash", "scripts/upload_to_gcs.sh", *words], cwd=ROOT, env=env, capture_output=True, text=True, timeout=120
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        assert f"run r1 is whole in gs://b: {len(FILES) - 1} files sent" in done.stdout
+        assert "is terminated, nothing more is paid for it" in done.stderr
+        assert account.running == [] and KEY not in done.stdout + done.stderr
+    assert "runs/r1/manifest.json" in names(bucket)
+
+
 def test_a_dry_run_needs_neither_network_nor_package(base: Path, tmp_path: Path) -> None:
     (tmp_path / "hide" / "google").mkdir(parents=True)
     (tmp_path / "hide" / "google" / "__init__.py").write_text("raise ImportError('hidden')\n")

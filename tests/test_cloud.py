@@ -279,6 +279,14 @@ def test_a_launch_that_is_found_late_leaves_no_twin_behind_either(fake: FakeLamb
     assert len(fake.instances) == 3
 
 
+def test_a_launch_that_is_found_is_given_back_without_waiting_for_others(fake: FakeLambda) -> None:
+    fake.faults[LAUNCH] = ["after"]
+    with pytest.raises(RuntimeError), rented(provider(fake), order(), clock=fake.clock):
+        began = fake.clock.monotonic()
+        raise RuntimeError
+    assert len(fake.instances) == 1 and fake.clock.monotonic() - began < 30
+
+
 def test_twins_of_a_launch_that_was_repeated_are_ended(fake: FakeLambda) -> None:
     fake.faults[LAUNCH], fake.list_lag = ["after"], 8
     there = provider(fake)

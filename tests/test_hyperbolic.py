@@ -3,93 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
-from typing import Any
+from functools import partial
 
 import pytest
-from cloud_fakes import VirtualClock
+from hyperbolic_fakes import KEY, FakeHyperbolic, node
 
-from nanochat.cloud import Order, launch_exactly_once, rented, terminate_surely, wait_until_active
-from nanochat.cloud_http import CloudError, NoAnswer, NoCapacity, Refused, Reply, Request
+from nanochat.cloud import Instance, Order, launch_exactly_once, rented, terminate_surely, wait_until_active
+from nanochat.cloud_http import CloudError, NoCapacity, Refused, Reply
+from nanochat.common import UserError
 from nanochat.hyperbolic import Hyperbolic, Version, ssh_address
-from scripts.launch_hyperbolic_training import Config, matching
-
-
-def node(name: str, cents: int, *, total: int = 8, reserved: int = 0, status: str = "node_ready", supplier: str = "acme") -> dict[str, Any]:  # fmt: skip
-    return {
-        "id": name, "cluster_name": "cluster", "status": status, "gpus_total": total, "gpus_reserved": reserved,
-        "pricing": {"price": {"amount": cents, "period": "hourly"}}, "supplier_id": supplier,
-        "hardware": {"gpus": [{"model": "NVIDIA-H100", "ram": 81559}]}, "location": {"region": "us-west"},
-    }  # fmt: skip
-
-
-@dataclass
-class FakeHyperbolic:
-    """Both generations. `lose_answer`: the next create happens and is not answered. `name_it`: create names an id."""
-
-    clock: VirtualClock = field(default_factory=VirtualClock)
-    rentals: dict[str, dict[str, Any]] = field(default_factory=dict)
-    nodes: list[dict[str, Any]] = field(default_factory=lambda: [node("n1", 149), node("n2", 99, total=1), node("n3", 50, status="node_down")])  # fmt: skip
-    lose_answer: bool = False
-    name_it: bool = False
-    status_at_end: str = "online"
-    polls: int = 0
-
-    @property
-    def running(self) -> list[str]:
-        return [i for i, r in self.rentals.items() if r["status"] != "terminated"]
-
-    def transport(self, request: Request) -> Reply:
-        import json
-
-        assert request.headers["Authorization"] == "Bearer key"
-        path = request.url.removeprefix("https://api.hyperbolic.xyz")
-        status, value = self.answer(request.method, path, request.body)
-        if self.lose_answer and (
-            path.endswith("/create") or (request.method == "POST" and path.endswith("rentals"))
-        ):
-            self.lose_answer = False
-            raise NoAnswer("ReadTimeout")
-        return Reply(status, json.dumps(value))
-
-    def answer(self, method: str, path: str, body: Any) -> tuple[int, Any]:
-        if (method, path) == ("POST", "/v1/marketplace"):
-            return 200, {"instances": self.nodes}
-        if (method, path) == ("GET", "/v2/marketplace/virtual-machine-options"):
-            return 200, [{"gpuCount": 1, "costPerHour": 199}, {"gpuCount": 8, "costPerHour": 1592}]
-        if path == "/billing/get_current_balance":
-            return 200, {"credits": 2500}
-        if method == "POST" and path.endswith(("/create", "virtual-machine-rentals")):
-            self.rentals[str(len(self.rentals) + 1)] = {"status": "starting", "v": 2 if "v2" in path else 1}
-            return 200, {"status": "success", **({"id": str(len(self.rentals))} if self.name_it else {})}
-        if method == "POST" and path.endswith("/terminate"):
-            wanted = str(body.get("id") or body.get("rentalId"))
-            if wanted not in self.rentals:
-                return 404, {"message": "not found"}
-            self.rentals[wanted]["status"] = "terminated"
-            return 200, {"status": "success"}
-        if method == "GET":
-            return 200, self.listing("v2" in path)
-        return 400, {"message": "bad"}
-
-    def listing(self, flat: bool) -> Any:
-        self.polls += 1
-        for rental in self.rentals.values():
-            if rental["status"] == "starting" and self.polls > 4:
-                rental["status"] = self.status_at_end
-        if flat:
-            return [
-                {
-                    "id": int(i),
-                    "status": r["status"],
-                    "meta": {"ssh_command": "ssh ubuntu@1.2.3.4", "public_ip": "1.2.3.4"},
-                }
-                for i, r in self.rentals.items()
-            ]
-        return {"instances": [
-            {"id": i, "instance": {"id": "node", "status": r["status"]}, "sshCommand": "ssh ubuntu@ip.example -p 31424"}
-            for i, r in self.rentals.items()
-        ]}  # fmt: skip
+from nanochat.launcher import Launcher
+from scripts.launch_hyperbolic_training import Config, matching, places
 
 
 @pytest.fixture
@@ -100,7 +24,7 @@ def fake() -> Iterator[FakeHyperbolic]:
 
 
 def provider(fake: FakeHyperbolic, version: Version = "v1", num_gpus: int = 1) -> Hyperbolic:
-    return Hyperbolic("key", num_gpus=num_gpus, version=version, transport=fake.transport, clock=fake.clock)
+    return Hyperbolic(KEY, num_gpus=num_gpus, version=version, transport=fake.transport, clock=fake.clock)
 
 
 ORDER = Order("cluster/n2", "us-west", "test")
@@ -128,7 +52,8 @@ def test_rent_wait_and_give_back(fake: FakeHyperbolic, version: Version, name_it
     fake.name_it, there = name_it, provider(fake, version)
     with pytest.raises(KeyboardInterrupt), rented(there, ORDER, clock=fake.clock) as instance:
         active = wait_until_active(there, instance, max_wait_seconds=300, poll_seconds=5, clock=fake.clock)
-        assert (active.user, active.address, active.port) == (("ubuntu", "ip.example", 31424) if version == "v1" else ("ubuntu", "1.2.3.4", 22))  # fmt: skip
+        port = 31424 if version == "v1" else 22
+        assert (active.user, active.address, active.port) == ("ubuntu", "ip.example", port)
         raise KeyboardInterrupt
     assert len(fake.rentals) == 1, "an answer that names no machine is not a reason to rent another"
 
@@ -153,9 +78,53 @@ def test_a_changed_contract_is_an_error_and_never_a_price_of_nothing(fake: FakeH
     del fake.nodes[0]["pricing"]
     with pytest.raises(CloudError, match="contract has changed"):
         provider(fake).offers()
-    fake.nodes = {"surprise": 1}  # type: ignore[assignment]
+    fake.nodes = None  # type: ignore[assignment]
     with pytest.raises(CloudError, match="--api-version"):
         provider(fake).offers()
+
+
+def test_credits_that_the_api_does_not_say_are_not_known(fake: FakeHyperbolic) -> None:
+    fake.credits = None
+    assert provider(fake).balance_cents() is None
+
+
+def waiting(fake: FakeHyperbolic, **flags: float | bool | str) -> Instance:
+    """Launch in virtual time as the command does, and give the machine back."""
+    config = Config(wait_for_capacity=True, skip_wait=True, **flags)  # type: ignore[arg-type]
+    there = provider(fake)
+    made = Launcher(there, config, clock=fake.clock).launch(
+        Order("", "", "test"), partial(places, config, 2500)
+    )
+    assert isinstance(made, Instance)
+    terminate_surely(there, made.id, clock=fake.clock)
+    return made
+
+
+def test_it_waits_for_a_machine_within_the_price(fake: FakeHyperbolic) -> None:
+    def cheaper(count: int) -> None:
+        fake.nodes = [node("dear", 400)] if count < 4 else [node("dear", 400), node("cheap", 120)]
+
+    fake.before_listing = cheaper
+    waiting(fake, max_price=1.5)
+    assert fake.creates[0]["node_name"] == "cheap" and fake.num_listings == 4
+    fake.before_listing = lambda count: None
+    fake.nodes = [node("dear", 400)]
+    with pytest.raises(NoCapacity, match="--capacity-hours=0.1"):
+        waiting(fake, max_price=1.5, capacity_hours=0.1)
+    assert len(fake.rentals) == 1
+
+
+def test_where_the_cheapest_was_taken_the_next_one_is_tried(fake: FakeHyperbolic) -> None:
+    fake.taken = {"n2"}
+    waiting(fake)
+    assert [body["node_name"] for body in fake.creates] == ["n2", "n1"]
+
+
+def test_what_the_credits_do_not_pay_an_hour_of_is_not_rented(fake: FakeHyperbolic) -> None:
+    offers = provider(fake).offers()
+    assert [offer.instance_type for offer, _ in places(Config(), 120, offers)] == ["cluster/n2"]
+    with pytest.raises(UserError, match=r"the account has \$0.50, less than an hour of \$0.99"):
+        places(Config(), 50, offers)
 
 
 @pytest.mark.parametrize(

@@ -10,35 +10,12 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
-from cloud_fakes import KEY, ROOT, FakeLambda, FastClock, OtherSide, fast_python, other_side, repository
+from cloud_fakes import COUNT, KEY, ROOT, FakeLambda, FastClock, OtherSide, fast_python
+from laptop import BAD, GOOD, LONG, SECRET, Laptop, starting
 
 from nanochat.common import UserError
-from nanochat.launcher import with_any
+from nanochat.launch_flags import with_any
 from nanochat.remote_job import Job, dotenv, environment
-
-SECRET = "wandb-secret-0123456789"
-GOOD = """#!/usr/bin/env bash
-echo "the driver runs in $PWD"
-stat -c 'mode %a' .env
-grep -c WANDB_API_KEY .env
-mkdir -p "$NANOCHAT_BASE_DIR/report" "$NANOCHAT_BASE_DIR/chatrl_checkpoints/d2" "$NANOCHAT_BASE_DIR/base_data"
-echo "# report" >"$NANOCHAT_BASE_DIR/report/report.md"
-echo weights >"$NANOCHAT_BASE_DIR/chatrl_checkpoints/d2/model_000003.pt"
-echo optim >"$NANOCHAT_BASE_DIR/chatrl_checkpoints/d2/optim_000003_rank0.pt"
-echo shard >"$NANOCHAT_BASE_DIR/base_data/shard_00000.parquet"
-sleep 3
-echo "the end"
-"""
-BAD = "echo 'it starts'; echo 'CUDA error: no'; exit 7\n"
-LONG = "echo 'the driver runs'; sleep 60\n"
-
-
-@pytest.fixture
-def side(tmp_path: Path) -> Iterator[OtherSide]:
-    there = other_side(tmp_path / "side")
-    yield there
-    for session in there.home.glob(".session-*"):  # what a test left running on the "machine"
-        subprocess.run(["pkill", "-s", session.read_text().strip()], check=False)
 
 
 @pytest.fixture
@@ -50,44 +27,17 @@ def fake() -> Iterator[FakeLambda]:
     assert account.running == [], "a machine was left running"
 
 
-class Laptop:
-    """Runs our commands as a user would."""
-
-    def __init__(self, tmp_path: Path, fake: FakeLambda, side: OtherSide) -> None:
-        self.home, self.fake, self.side = tmp_path / "laptop", fake, side
-        self.home.mkdir()
-
-    def environment(self, **more: str) -> dict[str, str]:
-        kept = {k: v for k, v in os.environ.items() if not k.startswith(("WANDB", "LAMBDA", "NANOCHAT"))}
-        ours = {"LAMBDA_API_KEY": KEY, "LAMBDA_API_BASE": self.fake.url, "NANOCHAT_BASE_DIR": str(self.home)}
-        return {
-            **kept,
-            **self.side.environment,
-            **ours,
-            "WANDB_API_KEY": SECRET,
-            "PYTHONPATH": str(ROOT),
-            **more,
-        }
-
-    def run(self, *words: str, simple: bool = False, **more: str) -> subprocess.CompletedProcess[str]:
-        program = "launch_lambda.py" if simple else "scripts.launch_lambda_training"
-        done = subprocess.run(
-            fast_python(program, *words),
-            cwd=ROOT, env=self.environment(**more), capture_output=True, text=True, timeout=120,
-        )  # fmt: skip
-        for text in (done.stdout, done.stderr):
-            assert KEY not in text and SECRET not in text and "jupyter-secret" not in text
-        return done
-
-
 @pytest.fixture
 def laptop(tmp_path: Path, fake: FakeLambda, side: OtherSide) -> Laptop:
-    return Laptop(tmp_path, fake, side)
+    return Laptop(
+        tmp_path / "laptop", side, "scripts.launch_lambda_training",
+        {"LAMBDA_API_KEY": KEY, "LAMBDA_API_BASE": fake.url}, hidden=(KEY, "jupyter-secret"),
+    )  # fmt: skip
 
 
-def starting(tmp_path: Path, driver: str) -> list[str]:
-    url = repository(tmp_path / "repository", driver)
-    return ["--ssh-key-name=laptop", "--auto-start", f"--repo-url={url}", "--poll-seconds=2", "--max-wait-minutes=6"]  # fmt: skip
+def started(tmp_path: Path, driver: str) -> list[str]:
+    """Flags that start `driver`."""
+    return ["--ssh-key-name=laptop", *starting(tmp_path, driver)]
 
 
 def no_secret_anywhere(fake: FakeLambda, side: OtherSide) -> None:
@@ -101,7 +51,7 @@ def no_secret_anywhere(fake: FakeLambda, side: OtherSide) -> None:
 
 
 def test_launch_start_prove_wait_fetch_terminate(tmp_path: Path, laptop: Laptop, fake: FakeLambda, side: OtherSide) -> None:  # fmt: skip
-    words = starting(tmp_path, GOOD)
+    words = started(tmp_path, GOOD)
     done = laptop.run(
         *words, "--inject-env=WANDB_API_KEY", "--env", "DEPTH=2", "--region=auto", "--terminate-when-done"
     )
@@ -124,45 +74,139 @@ def test_launch_start_prove_wait_fetch_terminate(tmp_path: Path, laptop: Laptop,
 
 
 def test_the_simple_launcher_and_the_commands_it_prints(tmp_path: Path, laptop: Laptop, fake: FakeLambda, side: OtherSide) -> None:  # fmt: skip
-    done = laptop.run(*starting(tmp_path, GOOD), "--region=us-west-1", simple=True)
+    done = laptop.run(*started(tmp_path, GOOD), "--region=us-west-1", program="launch_lambda.py")
     assert done.returncode == 0, done.stderr
     no_secret_anywhere(fake, side)
     assert fake.launches[0]["region_name"] == "us-west-1"
     commands = re.findall(r"python launch_lambda\.py (--\w+=\w+)", done.stdout)
     assert [c.split("=")[0] for c in commands] == ["--logs", "--fetch", "--terminate"]
-    status = laptop.run("--status", simple=True)
+    status = laptop.run("--status", program="launch_lambda.py")
     assert "driver True" in status.stdout and "1 running, $0.75 an hour" in status.stdout
-    logs = laptop.run(commands[0], simple=True)
+    logs = laptop.run(commands[0], program="launch_lambda.py")
     assert logs.returncode == 0 and "the end" in logs.stdout and "ended with exit code 0" in logs.stdout
-    fetched = laptop.run("--fetch", "--fetch-optimizer", simple=True)
+    fetched = laptop.run("--fetch", "--fetch-optimizer", program="launch_lambda.py")
     assert fetched.returncode == 0, fetched.stderr
     assert list((laptop.home / "fetched").rglob("optim_000003_rank0.pt"))
-    ended = laptop.run("--terminate", simple=True)
+    ended = laptop.run("--terminate", program="launch_lambda.py")
     assert ended.returncode == 0 and "is terminated" in ended.stderr
-    again = laptop.run("--terminate", simple=True)
+    again = laptop.run("--terminate", program="launch_lambda.py")
     assert again.returncode == 1 and "there is none" in again.stderr
+
+
+def test_fetch_goes_on_where_the_cable_broke(laptop: Laptop, side: OtherSide, fake: FakeLambda) -> None:
+    assert laptop.run("--ssh-key-name=laptop", "--poll-seconds=2").returncode == 0
+    weights = os.urandom(3_000_000)
+    folder = side.home / ".cache" / "nanochat" / "chatrl_checkpoints" / "d2"
+    folder.mkdir(parents=True)
+    (folder / "model_000003.pt").write_bytes(weights)
+    (side.checkout / ".nanochat-job").mkdir(parents=True)
+    (side.log / "count").write_text(COUNT)
+    (side.log / "cut").write_text("2000000")
+    done = laptop.run("--fetch")
+    assert done.returncode == 0 and "going on where it broke (1 of 5)" in done.stderr, done.stderr
+    fetched = laptop.home / "fetched" / "nanochat-aquarat" / "chatrl_checkpoints" / "d2" / "model_000003.pt"
+    assert fetched.read_bytes() == weights
+    first, second, *_ = (int(line) for line in (side.log / "received").read_text().split())
+    assert first == 2_000_000 and second < 1_300_000, "what had come was not sent again"
+    (side.log / "received").unlink()
+    assert laptop.run("--fetch").returncode == 0
+    assert sum(int(line) for line in (side.log / "received").read_text().split()) < 10_000
+    assert laptop.run("--terminate").returncode == 0
+
+
+def test_logs_follow_a_run_while_it_runs(tmp_path: Path, laptop: Laptop, side: OtherSide, fake: FakeLambda) -> None:  # fmt: skip
+    driver = "echo first; while [ ! -e go ]; do sleep 0.1; done; echo second; sleep 0.5; exit 4\n"
+    assert laptop.run(*started(tmp_path, driver)).returncode == 0
+    words = fast_python("scripts.launch_lambda_training", "--logs")
+    following = subprocess.Popen(words, cwd=ROOT, env=laptop.environment(), stdout=subprocess.PIPE, text=True)
+    assert following.stdout is not None
+    assert following.stdout.readline() == "first\n"
+    assert not (side.checkout / ".nanochat-job" / "status").exists(), "it comes while the run runs"
+    (side.checkout / "go").touch()
+    rest, _ = following.communicate(timeout=60)
+    assert rest == "second\n== ended with exit code 4\n" and following.returncode == 0
+    assert laptop.run("--terminate").returncode == 0
+
+
+def test_a_launch_whose_answer_is_lost_on_the_way(laptop: Laptop, fake: FakeLambda) -> None:
+    """The connection breaks after the deed: a real one, under a real client; the tag finds the machine."""
+    fake.lost_launches = 1
+    done = laptop.run("--poll-seconds=2")
+    assert done.returncode == 0 and "the request left and no answer came" in done.stderr, done.stderr
+    assert len(fake.launches) == 1 and len(fake.running) == 1
+    assert laptop.run("--terminate").returncode == 0
+
+
+def test_attach_waits_for_a_run_that_was_started_before(
+    tmp_path: Path, laptop: Laptop, fake: FakeLambda
+) -> None:
+    assert laptop.run(*started(tmp_path, GOOD)).returncode == 0
+    refused = laptop.run("--attach")
+    assert refused.returncode != 0 and "say so with --terminate-when-done" in refused.stderr
+    done = laptop.run("--attach", "--terminate-when-done", "--poll-seconds=2")
+    assert done.returncode == 0 and "ended with exit code 0" in done.stderr, done.stderr
+    assert (laptop.home / "fetched" / "nanochat-aquarat" / "report" / "report.md").is_file()
+
+
+def test_whoever_stops_watching_is_told_that_it_costs_money(tmp_path: Path, laptop: Laptop, fake: FakeLambda) -> None:  # fmt: skip
+    words = fast_python("scripts.launch_lambda_training", *started(tmp_path, LONG), "--terminate-when-done")
+    running = subprocess.Popen(words, cwd=ROOT, env=laptop.environment(), stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)  # fmt: skip
+    assert running.stdout is not None
+    for line in running.stdout:
+        if line.startswith("end it"):
+            break
+    running.terminate()
+    _, rest = running.communicate(timeout=60)
+    (machine,) = fake.running
+    assert running.returncode == 143 and "the run goes on and costs money" in rest
+    assert f"--attach={machine} --terminate-when-done" in rest
+    assert laptop.run("--terminate").returncode == 0
+
+
+def test_branch_script_session_and_image_are_what_was_asked_for(tmp_path: Path, laptop: Laptop, fake: FakeLambda, side: OtherSide) -> None:  # fmt: skip
+    words = started(tmp_path, BAD)
+    repository = tmp_path / "repository"
+    git = ["git", "-c", "user.name=t", "-c", "user.email=t@example.com", "-c", "commit.gpgsign=false"]
+    subprocess.run([*git, "checkout", "--quiet", "-b", "other"], cwd=repository, check=True)
+    (repository / "mine.sh").write_text("echo mine runs; sleep 30\n")
+    for command in (["add", "."], ["commit", "--quiet", "-m", "x"], ["checkout", "--quiet", "main"]):
+        subprocess.run([*git, *command], cwd=repository, check=True)
+    done = laptop.run(
+        *words,
+        "--branch=other",
+        "--run-script=mine.sh",
+        "--tmux-session=mine",
+        "--image-id=image-7",
+        "--name=m",
+    )
+    assert done.returncode == 0 and "mine runs" in done.stderr, done.stderr
+    assert fake.launches[0]["image"] == {"id": "image-7"} and fake.launches[0]["name"] == "m"
+    assert (side.home / ".session-mine").exists()
+    both = laptop.run("--image-id=a", "--image-family=b")
+    assert both.returncode != 0 and "leave one out" in both.stderr and len(fake.launches) == 1
+    assert laptop.run("--terminate=m").returncode == 0
 
 
 def test_list_types_shows_cents_as_dollars(laptop: Laptop, fake: FakeLambda) -> None:
     fake.capacity["gpu_8x_h100_sxm5"] = []
-    done = laptop.run("--list-types", simple=True)
+    done = laptop.run("--list-types", program="launch_lambda.py")
     assert re.search(r"gpu_1x_a10 +1 +\$0\.75  us-east-1, us-west-1", done.stdout)
     assert re.search(r"gpu_8x_h100_sxm5 +8 +\$23\.92  -", done.stdout)
 
 
 @pytest.mark.slow
 def test_no_deploy_rents_and_starts_nothing(laptop: Laptop, fake: FakeLambda, side: OtherSide) -> None:
-    done = laptop.run("--no-deploy", "--poll-seconds=2", simple=True)
+    done = laptop.run("--no-deploy", "--poll-seconds=2", program="launch_lambda.py")
     assert done.returncode == 0 and not side.checkout.exists()
     assert "ssh " in done.stdout and len(fake.running) == 1
-    assert laptop.run("--terminate", simple=True).returncode == 0
+    assert laptop.run("--terminate", program="launch_lambda.py").returncode == 0
 
 
 # ---- what goes wrong gives the machine back
 
 
 def test_a_driver_that_fails_at_once(tmp_path: Path, laptop: Laptop, fake: FakeLambda) -> None:
-    done = laptop.run(*starting(tmp_path, BAD))
+    done = laptop.run(*started(tmp_path, BAD))
     assert done.returncode == 1 and "exit code 7" in done.stderr and "CUDA error: no" in done.stderr
     assert len(fake.launches) == 1
 
@@ -170,20 +214,20 @@ def test_a_driver_that_fails_at_once(tmp_path: Path, laptop: Laptop, fake: FakeL
 @pytest.mark.slow
 def test_a_machine_without_a_gpu(tmp_path: Path, laptop: Laptop, side: OtherSide) -> None:
     (side.bin / "nvidia-smi").write_text("#!/bin/sh\nexit 9\n")
-    done = laptop.run(*starting(tmp_path, LONG))
+    done = laptop.run(*started(tmp_path, LONG))
     assert done.returncode == 1 and "no GPU" in done.stderr
 
 
 @pytest.mark.slow
 def test_a_run_script_that_is_not_in_the_repository(tmp_path: Path, laptop: Laptop) -> None:
-    done = laptop.run(*starting(tmp_path, GOOD), "--run-script=nothere.sh")
+    done = laptop.run(*started(tmp_path, GOOD), "--run-script=nothere.sh")
     assert done.returncode == 1 and "nothere.sh is not in" in done.stderr
 
 
 @pytest.mark.slow
 def test_ssh_that_never_answers(tmp_path: Path, laptop: Laptop, side: OtherSide) -> None:
     (side.log / "ssh_fails").write_text("9999")
-    done = laptop.run(*starting(tmp_path, GOOD), "--max-wait-minutes=0.4")
+    done = laptop.run(*started(tmp_path, GOOD), "--max-wait-minutes=0.4")
     assert done.returncode == 1 and "ssh cannot connect" in done.stderr
 
 
@@ -222,7 +266,7 @@ def test_a_killed_launcher_gives_the_machine_back(tmp_path: Path, laptop: Laptop
 
 @pytest.mark.slow
 def test_keep_leaves_it_and_says_what_it_costs(tmp_path: Path, laptop: Laptop, fake: FakeLambda) -> None:
-    done = laptop.run(*starting(tmp_path, BAD), "--keep")
+    done = laptop.run(*started(tmp_path, BAD), "--keep")
     assert done.returncode == 1 and "costs money" in done.stderr and len(fake.running) == 1
     assert laptop.run("--terminate").returncode == 0
 
@@ -231,7 +275,7 @@ def test_keep_leaves_it_and_says_what_it_costs(tmp_path: Path, laptop: Laptop, f
 def test_results_that_cannot_be_brought_home_are_not_thrown_away(tmp_path: Path, laptop: Laptop, fake: FakeLambda, side: OtherSide) -> None:  # fmt: skip
     (side.bin / "rsync").write_text("#!/bin/sh\nexit 3\n")
     (side.bin / "rsync").chmod(0o755)
-    done = laptop.run(*starting(tmp_path, "echo hello\n"), "--terminate-when-done")
+    done = laptop.run(*started(tmp_path, "echo hello\n"), "--terminate-when-done")
     assert (
         done.returncode == 1 and "IS LEFT RUNNING AND COSTS MONEY" in done.stderr and len(fake.running) == 1
     )
@@ -242,7 +286,7 @@ def test_results_that_cannot_be_brought_home_are_not_thrown_away(tmp_path: Path,
 @pytest.mark.slow
 def test_a_failed_run_is_fetched_and_terminated_and_its_code_returned(tmp_path: Path, laptop: Laptop) -> None:
     driver = 'echo working; mkdir -p "$NANOCHAT_BASE_DIR/runs/r"; echo 1 >"$NANOCHAT_BASE_DIR/runs/r/x"; sleep 3; exit 9\n'
-    done = laptop.run(*starting(tmp_path, driver), "--terminate-when-done")
+    done = laptop.run(*started(tmp_path, driver), "--terminate-when-done")
     assert (
         done.returncode == 9 and (laptop.home / "fetched" / "nanochat-aquarat" / "runs" / "r" / "x").exists()
     )
@@ -250,7 +294,7 @@ def test_a_failed_run_is_fetched_and_terminated_and_its_code_returned(tmp_path: 
 
 @pytest.mark.slow
 def test_max_hours_ends_a_run_that_does_not(tmp_path: Path, laptop: Laptop) -> None:
-    done = laptop.run(*starting(tmp_path, LONG), "--terminate-when-done", "--max-hours=0.01")
+    done = laptop.run(*started(tmp_path, LONG), "--terminate-when-done", "--max-hours=0.01")
     assert done.returncode == 1 and "--max-hours" in done.stderr and "is terminated" in done.stderr
 
 
@@ -402,7 +446,7 @@ def test_a_real_sshd_pins_its_key_takes_secrets_and_sends_files(tmp_path: Path, 
     try:
         wait_for_ssh(remote, max_wait_seconds=20, poll_seconds=0.2)
         assert remote.pinned and "[127.0.0.1]" in remote.known_hosts.read_text()
-        echoed = run(remote, f"cat >{tmp_path}/secret; ps -eo args | grep -c {SECRET[:6]}[{SECRET[6]}] || true",
+        echoed = run(remote, f"cat >{tmp_path}/secret; ps -eo args | grep -c {SECRET[:-1]}[{SECRET[-1]}] || true",
                      more_input=SECRET.encode())  # fmt: skip
         assert (tmp_path / "secret").read_text() == SECRET and echoed.strip() == "0"
         with pytest.raises(SshError, match="exit status 3"):

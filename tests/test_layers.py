@@ -16,7 +16,7 @@ LAYERS = [
     "stage supervised telemetry insight serving",
     "report_text figures",
     "run_record rl_gain",
-    "guards listening api_schema answering streaming openai_routes web report launcher publish export_hf bucket",
+    "guards listening api_schema answering streaming openai_routes web report launch_flags launcher launched publish export_hf bucket",
 ]
 RIM = {  # package -> the only modules that may import it
     "wandb": {"tracking"},
@@ -43,7 +43,9 @@ TORCH_FREE = {
     "hyperbolic",
     "remote",
     "remote_job",
+    "launch_flags",
     "launcher",
+    "launched",
     "checkpoints",
     "publish",
     "bucket",
@@ -83,6 +85,7 @@ def test_nanochat_imports_neither_tasks_nor_scripts() -> None:
 SHARED_SCRIPTS = (
     "scripts.presets",
     "scripts.plan",
+    "scripts.plan_rented",
 )  # the plan is data too: launchers price it on other machines
 
 

@@ -14,7 +14,7 @@ import yaml
 from small import tiny_tokenizer
 
 from nanochat.common import UserError, World
-from nanochat.publish import Staged, front_matter, link_targets, linked_files, stage
+from nanochat.publish import Staged, front_matter, link_targets, linked_files, matching_files, stage
 from scripts import sync_hf_repo
 from scripts.sync_hf_repo import Config
 
@@ -105,6 +105,35 @@ def test_only_what_was_staged_is_ever_deleted(tmp_path: Path) -> None:
         stage([Staged("model_001560.pt", b"ours")], folder)
     with pytest.raises(UserError, match="outside"):
         stage([Staged("../x", b"")], folder)
+
+
+def test_nothing_outside_the_release_folder_is_written_or_deleted(tmp_path: Path) -> None:
+    """Whatever the list of an earlier time says, and wherever a folder of the release leads."""
+    folder, outside = tmp_path / "release", tmp_path / "outside"
+    outside.mkdir()
+    (outside / "b.md").write_text("mine")
+    stage([Staged("a.md", b"1")], folder)
+    (folder / "sub").symlink_to(outside)
+    with pytest.raises(UserError, match="outside"):
+        stage([Staged("sub/new.md", b"2")], folder)
+    (folder / ".staged.json").write_text(
+        json.dumps({"files": {"sub/b.md": "", "../outside/b.md": "", "a.md": ""}})
+    )
+    stage([Staged("c.md", b"3")], folder)
+    assert (outside / "b.md").read_text() == "mine" and not (folder / "a.md").exists()
+    assert [path.name for path in outside.iterdir()] == ["b.md"]
+
+
+def test_extra_follows_no_link_outside(repository: Path, tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "s.txt").write_text("secret")
+    (repository / "out").symlink_to(tmp_path / "elsewhere")
+    (repository / "s.txt").symlink_to(tmp_path / "elsewhere" / "s.txt")
+    names = {file.name for file in matching_files(("*.txt",), repository)}
+    assert names == {"extra.txt"}
+    for pattern in ("out/*.txt", "s.txt"):
+        with pytest.raises(UserError, match="matches no file of the repository"):
+            matching_files((pattern,), repository)
 
 
 def test_a_dry_run_writes_nothing_and_needs_no_network(repository: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:  # fmt: skip
