@@ -89,7 +89,7 @@ def main(config: Config) -> None:
             untrained(base)
             for result in (soak_rl(base, config.steps), soak_chat(base, config.requests)):
                 print(json.dumps({"benchmark": "soak", **result}), flush=True)
-                well = well and result["flat"] is not False
+                well = well and result["flat"]
     if not well:
         raise SystemExit(1)
 
