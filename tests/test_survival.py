@@ -119,6 +119,42 @@ def test_two_ranks_stopped_then_bereft_of_one_end_as_an_uncut_run(
     assert same(uncut, home) == []
 
 
+FAILING = """
+import os
+from nanochat.config import cli
+from nanochat.stage import Stage
+from scripts import base_train
+
+report = Stage.report
+
+def failing(self, step, *rest):
+    report(self, step, *rest)
+    if step.index == 6 and os.environ["RANK"] == "1":
+        raise MemoryError("the second rank has no memory left")
+
+Stage.report = failing
+base_train.main(cli(base_train.Config))
+"""
+
+
+@pytest.mark.slow
+def test_a_fault_of_one_rank_ends_the_job_in_time_with_its_reason(
+    empty: Path, uncut: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home = tmp_path / "home"
+    shutil.copytree(empty, home)
+    (tmp_path / "failing.py").write_text(FAILING)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    process = begin(home, 2, ["failing", *BASE[1:]])
+    until(process, "base     1/16")
+    began = time.monotonic()
+    printed = finished(process, 1)
+    assert time.monotonic() - began < 60
+    assert "MemoryError: the second rank has no memory left" in printed
+    finished(begin(home, 2))
+    assert same(uncut, home) == []
+
+
 @pytest.mark.slow
 def test_one_rank_alone_is_guarded_stops_with_75_and_goes_on_with_two(
     empty: Path, uncut: Path, tmp_path: Path
