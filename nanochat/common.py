@@ -109,7 +109,8 @@ def compute_init(device_type: str = "", dtype: str = "", seed: int = 42) -> Worl
         import torch.distributed as dist
 
         backend = "nccl" if device.type == "cuda" else "gloo"
-        # A dead rank must end the job, not hang it: one minute for a collective, generous only where GPUs compile.
+        # A dead rank is seen at once: torchrun ends the others, and gloo its connection. This is for one that hangs; shorter
+        # would end runs in which one rank compiles or writes while the others wait for it.
         timeout = timedelta(minutes=10 if device.type == "cuda" else 5)
         dist.init_process_group(backend, timeout=timeout, device_id=device if backend == "nccl" else None)
         host_group = dist.new_group(backend="gloo", timeout=timeout) if backend == "nccl" else None

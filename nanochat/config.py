@@ -60,7 +60,7 @@ class TrainConfig(StageConfig):
     device_batch_size: int = 32
     """rows of one microbatch on one device; lower it when memory runs out, the result stays the same"""
     total_batch_size: int = 524_288
-    """tokens of one optimizer step over all ranks; -1: one microbatch on every rank"""
+    """tokens of one optimizer step over all ranks; -1: one microbatch on every rank, so more of them with more ranks"""
     num_iterations: int = -1
     """optimizer steps; -1: what the data or the horizon asks for"""
     matrix_lr: float = 0.02
