@@ -165,7 +165,14 @@ def test_no_value_of_a_flag_crashes_a_script(script: str, data: st.DataObject) -
 SECRETS = {
     name: f"marked-fake-{number:02d}-0123456789abcdef"
     for number, name in enumerate(
-        ["HF_TOKEN", "LAMBDA_API_KEY", "HYPERBOLIC_API_KEY", "OPENAI_API_KEY", "AWS_SECRET_ACCESS_KEY"]
+        [
+            "HF_TOKEN",
+            "LAMBDA_API_KEY",
+            "HYPERBOLIC_API_KEY",
+            "OPENAI_API_KEY",
+            "AWS_SECRET_ACCESS_KEY",
+            "NANOCHAT_API_KEY",
+        ]
     )
 } | {"WANDB_API_KEY": "0123456789abcdef" * 2 + "fa4e4e40"}
 
