@@ -115,7 +115,10 @@ class ConversationConfig(TrainConfig):
 
 def cli(config: type[ConfigT], argv: list[str] | None = None) -> ConfigT:
     """Parse `argv` (default: the command line) into `config`; print one line and exit with 2 when that cannot be done."""
+    from nanochat.interruption import stop_with_parent
+
     sys.excepthook = _one_line_for_user_errors
+    stop_with_parent()  # here, before the seconds in which torch is imported: the launcher may die in them
     try:
         return parse(config, sys.argv[1:] if argv is None else argv)
     except UserError as error:

@@ -21,6 +21,9 @@ SYSTEM = {
     "LOCAL_RANK",
     "WORLD_SIZE",
     "DRIVER_PID",
+    "MASTER_ADDR",
+    "MASTER_PORT",
+    "TORCHELASTIC_USE_AGENT_STORE",
 } | {
     "TORCHELASTIC_RUN_ID",  # set by torchrun
 }

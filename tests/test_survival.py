@@ -119,6 +119,25 @@ def test_two_ranks_stopped_then_bereft_of_one_end_as_an_uncut_run(
     assert same(uncut, home) == []
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("wait", [0.0, 2.0])
+def test_ranks_that_lose_torchrun_while_they_start_do_not_wait_for_it(
+    wait: float, empty: Path, tmp_path: Path
+) -> None:
+    home = tmp_path / "home"
+    shutil.copytree(empty, home)
+    process = begin(home, 2)
+    ranks: list[int] = []
+    while len(ranks) < 2:
+        ranks = [pid for pid in processes.descendants(process.pid) if BASE[0] in processes.command_line(pid)]
+        time.sleep(0.02)
+    time.sleep(wait)
+    processes.kill([process.pid])
+    began = time.monotonic()
+    process.communicate(timeout=60)  # until the last of them has closed its output
+    assert time.monotonic() - began < 60
+
+
 FAILING = """
 import os
 from nanochat.config import cli
