@@ -21,11 +21,9 @@ SYSTEM = {
     "LOCAL_RANK",
     "WORLD_SIZE",
     "DRIVER_PID",
-    "MASTER_ADDR",
-    "MASTER_PORT",
-    "TORCHELASTIC_USE_AGENT_STORE",
 } | {
-    "TORCHELASTIC_RUN_ID",  # set by torchrun
+    "TORCHELASTIC_RUN_ID",  # set by torchrun, both
+    "TORCHELASTIC_USE_AGENT_STORE",
 }
 NAME = re.compile(r"[A-Z][A-Z0-9]*(_[A-Z0-9]+)+")
 CARRIES_ENVIRONMENT = re.compile(r"\b(environ|getenv|env)\b")
