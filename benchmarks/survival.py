@@ -180,10 +180,19 @@ def run_and_kill(base: Path, config: Config, chance: random.Random) -> tuple[boo
         name = chance.choice(["everything", *alone])
         processes.kill(everything if name == "everything" else alone[name])
         if name not in ("everything", "driver"):
-            process.wait(60)  # a dead stage or rank ends the job, within a minute
+            wait_for_the_job(process, f"{name} was killed in {stage}", base)
     if name == "driver":  # orphans stop by themselves; `driver` knows only those that still have their parent
         wait_for_orphans([pid for pid in everything if pid != process.pid])
     return False, name, stage
+
+
+def wait_for_the_job(process: subprocess.Popen[bytes], what: str, base: Path) -> None:
+    """A dead stage or rank ends the job, within a minute. Raises UserError when it does not."""
+    try:
+        process.wait(60)
+    except subprocess.TimeoutExpired:
+        text = (base / "driver.log").read_text()[-2000:]
+        raise UserError(f"a minute after {what} the job still runs:\n{text}") from None
 
 
 def wait_for_orphans(pids: list[int]) -> None:

@@ -16,8 +16,9 @@ import pytest
 from test_stages import STAGES
 
 from benchmarks import processes
-from benchmarks.soak import growth
+from benchmarks.soak import Config, growth
 from benchmarks.survival import compare_checkpoints, compare_metrics
+from nanochat.common import UserError
 
 BASE = [
     *STAGES["base"], "--num_iterations=16", "--save_every=4", "--device_batch_size=4", "--eval_every=5",
@@ -237,5 +238,9 @@ def test_a_leak_is_told_from_noise() -> None:
     assert growth(leak, 1000)["flat"] is False
     files = [(step, 500.0, 20 + step // 400) for step in range(1000)]
     assert growth(files, 1000)["flat"] is False and growth(files, 1000)["open_files"] == [21, 22]
+    with pytest.raises(UserError, match="too short a soak"):
+        growth(flat[-5:], 1000)
+    with pytest.raises(UserError, match="--requests=10 is too short a soak"):
+        Config(requests=10)
     warm_up = [(step, 300.0 + min(step, 400), 20) for step in range(1000)]
     assert growth(warm_up, 1000)["flat"] is True
