@@ -1,37 +1,79 @@
 """
 Whether a long run leaks: resident memory and open files of RL over many steps, and of the chat server over many requests.
 
+    python -m benchmarks.soak                              # 5,000 steps and 10,000 requests: tens of minutes
+    python -m benchmarks.soak --steps=500 --requests=0     # one of the two alone
+
 Two hours in compressed form: steps and requests as small as they come, so that what is lost with each of them shows in
 minutes. A leak of one kilobyte a step is 5 MB after 5,000 steps. The first 40 % are warm-up (allocator pools, caches); after it the
-median of the first quarter is set against that of the last. Part of benchmarks/survival.py.
+median of the first quarter is set against that of the last. Exit code 1 where memory has grown by more than 2 % or a file
+stays open. benchmarks/survival.py runs a short one.
 """
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import socket
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from benchmarks import processes
 from nanochat.common import UserError
+from nanochat.config import cli
 
 MOST_GROWTH = 0.02
 WARM_UP = 0.4
 
 
+@dataclass(frozen=True)
+class Config:
+    """Let RL and the chat server run long, and see whether they grow."""
+
+    steps: int = 5000
+    """steps of RL; 0: none"""
+    requests: int = 10_000
+    """requests to the chat server; 0: none"""
+    prepare: bool = False
+    """only make the checkpoint that both start from, in NANOCHAT_BASE_DIR"""
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "requests"):
+            if (count := getattr(self, name)) and count < 50:
+                raise UserError(f"--{name}={count} is too short a soak to say anything; use 50 or more, or 0")
+
+
+def main(config: Config) -> None:
+    """Run both, print one JSON line each."""
+    if sys.platform != "linux":
+        raise UserError(f"this benchmark reads /proc, which {sys.platform} has not; run it on Linux")
+    if config.prepare:
+        return _untrained()
+    flat = True
+    with tempfile.TemporaryDirectory(prefix="nanochat-soak-") as folder:
+        base = Path(folder) / "base"
+        untrained(base)
+        for soak, count in ((soak_rl, config.steps), (soak_chat, config.requests)):
+            if count:
+                result = soak(base, count)
+                print(json.dumps({"benchmark": "soak", **result}), flush=True)
+                flat = flat and result["flat"]
+    if not flat:
+        raise SystemExit(1)
+
+
 def untrained(base: Path) -> None:
     """A tokenizer and an SFT checkpoint of random weights in `base`: what is lost by a step does not depend on them."""
-    words = ["benchmarks.soak"]
+    words = ["benchmarks.soak", "--prepare"]
     base.mkdir()
     with running(words, base) as process:
         if process.wait(300):
@@ -70,6 +112,7 @@ def soak_rl(base: Path, num_steps: int) -> dict[str, Any]:
     ]  # fmt: skip
     metrics = base / "runs" / "soak" / "rl" / "metrics.jsonl"
     samples: list[tuple[int, float, int]] = []
+    began = time.monotonic()
     with running(words, base) as process:
         while process.poll() is None:
             step = _count_lines(metrics)
@@ -83,33 +126,36 @@ def soak_rl(base: Path, num_steps: int) -> dict[str, Any]:
             time.sleep(0.1)
     if process.wait() or not samples:
         raise UserError(f"the RL run of the soak failed:\n{(base / 'soak.log').read_text()[-2000:]}")
-    return {"what": "rl", "steps": num_steps, **growth(samples, num_steps)}
+    seconds = round(time.monotonic() - began)
+    return {"what": "rl", "steps": num_steps, "seconds": seconds, **growth(samples, num_steps)}
 
 
 def soak_chat(base: Path, num_requests: int) -> dict[str, Any]:
-    """The same question over and over to scripts.chat_web; where this tree has none, `flat` is None and it says so."""
-    if importlib.util.find_spec("scripts.chat_web") is None:
-        return {"what": "chat", "requests": 0, "flat": None, "why": "this tree has no scripts/chat_web.py"}
+    """A question of its own with every request: every other answer streamed, every tenth client gone while it comes."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = int(probe.getsockname()[1])
     samples: list[tuple[int, float, int]] = []
     words = ["scripts.chat_web", "-i", "sft", "--host=127.0.0.1", f"--port={port}", "--device_type=cpu"]
+    began = time.monotonic()
     with running(words, base) as process:
         url = f"http://127.0.0.1:{port}"
         _wait_until_healthy(url, process, base)
-        body = {
-            "messages": [{"role": "user", "content": "What is 2 + 2?"}],
-            "max_tokens": 8,
-            "temperature": 0.5,
-        }
         for number in range(1, num_requests + 1):
-            _post(f"{url}/v1/chat/completions", body | {"seed": number})
+            body = {
+                "messages": [{"role": "user", "content": f"What is {number} + {number % 97}?"}],
+                "max_tokens": 8,
+                "temperature": 0.5,
+                "seed": number,
+                "stream": number % 2 == 0,
+            }
+            _post(f"{url}/v1/chat/completions", body, stays=number % 10 != 0)
             if number % max(1, num_requests // 200) == 0:
                 samples.append(
                     (number, processes.resident_mib(process.pid), processes.open_files(process.pid))
                 )
-    return {"what": "chat", "requests": num_requests, **growth(samples, num_requests)}
+    seconds = round(time.monotonic() - began)
+    return {"what": "chat", "requests": num_requests, "seconds": seconds, **growth(samples, num_requests)}
 
 
 @contextmanager
@@ -164,11 +210,13 @@ def _wait_until_healthy(url: str, process: subprocess.Popen[bytes], base: Path) 
     raise UserError(f"the chat server does not come up:\n{(base / 'soak.log').read_text()[-2000:]}")
 
 
-def _post(url: str, body: dict[str, Any]) -> None:
+def _post(url: str, body: dict[str, Any], *, stays: bool) -> None:
+    """Ask, and read the answer unless the asker is one who leaves."""
     request = urllib.request.Request(url, json.dumps(body).encode(), {"Content-Type": "application/json"})
     with urllib.request.urlopen(request, timeout=60) as reply:
-        reply.read()
+        if stays and not reply.read():
+            raise UserError(f"{url} answered nothing to {body}")
 
 
 if __name__ == "__main__":
-    _untrained()
+    main(cli(Config))

@@ -23,7 +23,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -52,8 +52,8 @@ class Config:
     """kill -9 in all"""
     nproc: int = 1
     """ranks of each stage"""
-    longest_wait: float = 12.0
-    """a kill comes at random within so many seconds of the start"""
+    longest_wait: float | None = None
+    """a kill comes at random within so many seconds of the start; by default a quarter of what the undisturbed run took"""
     steps: int = 300
     """steps of RL in the soak"""
     requests: int = 200
@@ -64,7 +64,8 @@ class Config:
     """of moments and victims"""
 
     def __post_init__(self) -> None:
-        if self.kills < 0 or self.nproc < 1 or self.longest_wait <= 0 or self.steps < 50:
+        waits = self.longest_wait is None or self.longest_wait > 0
+        if self.kills < 0 or self.nproc < 1 or not waits or self.steps < 50:
             raise UserError(
                 "use --kills of 0 or more, --nproc of 1 or more, --longest_wait above 0, --steps of 50 or more"
             )
@@ -80,8 +81,10 @@ def main(config: Config) -> None:
             uncut = Path(folder) / "uncut"
             began = time.monotonic()
             drive_to_the_end(uncut, config)
-            print(f"undisturbed: {time.monotonic() - began:.0f} s", flush=True)
-            result = survive(uncut, Path(folder), config)
+            seconds = time.monotonic() - began
+            print(f"undisturbed: {seconds:.0f} s", flush=True)
+            wait = seconds / 4 if config.longest_wait is None else config.longest_wait
+            result = survive(uncut, Path(folder), replace(config, longest_wait=wait))
             print(json.dumps({"benchmark": "survival", **result}), flush=True)
             well = not result["differences"]
         if config.only != "kills":
@@ -89,7 +92,7 @@ def main(config: Config) -> None:
             untrained(base)
             for result in (soak_rl(base, config.steps), soak_chat(base, config.requests)):
                 print(json.dumps({"benchmark": "soak", **result}), flush=True)
-                well = well and result["flat"] is not False
+                well = well and result["flat"]
     if not well:
         raise SystemExit(1)
 
@@ -128,14 +131,16 @@ def survive(uncut: Path, folder: Path, config: Config) -> dict[str, Any]:
     """Run, kill, run again; compare whatever comes to its end with the undisturbed run."""
     chance = random.Random(config.seed)
     victims: Counter[str] = Counter()
+    during: Counter[str] = Counter()
     differences: list[str] = []
     rounds, began = 0, time.monotonic()
     base = folder / "killed0"
     while victims.total() < config.kills:
-        ended, victim = run_and_kill(base, config, chance)
+        ended, victim, stage = run_and_kill(base, config, chance)
         if victim:
             victims[victim] += 1
-            print(f"kill {victims.total()} of {config.kills}: {victim}", flush=True)
+            during[stage] += 1
+            print(f"kill {victims.total()} of {config.kills}: {victim}, during {stage}", flush=True)
         if ended:
             differences += compare(uncut, base)
             rounds += 1
@@ -147,6 +152,7 @@ def survive(uncut: Path, folder: Path, config: Config) -> dict[str, Any]:
     return {
         "kills": victims.total(),
         "victims": dict(victims),
+        "during": dict(during),
         "pipelines_completed": rounds,
         "ranks": config.nproc,
         "differences": differences[:20],
@@ -154,28 +160,39 @@ def survive(uncut: Path, folder: Path, config: Config) -> dict[str, Any]:
     }
 
 
-def run_and_kill(base: Path, config: Config, chance: random.Random) -> tuple[bool, str]:
-    """Start the driver and kill after a while; (whether the pipeline was at its end before, what was killed)."""
+def run_and_kill(base: Path, config: Config, chance: random.Random) -> tuple[bool, str, str]:
+    """Start the driver and kill after a while; (whether the pipeline was at its end before, what was killed, in which stage)."""
+    assert config.longest_wait is not None
     with kept_report(), driver(base, config.nproc) as process:
         try:
             code = process.wait(chance.uniform(0, config.longest_wait))
             if code:
                 raise UserError(f"the pipeline failed:\n{(base / 'driver.log').read_text()[-2000:]}")
-            return True, ""
+            return True, "", ""
         except subprocess.TimeoutExpired:
             pass
         everything = [process.pid, *processes.descendants(process.pid)]
-        alone = {"driver": [process.pid]}
+        alone, stage = {"driver": [process.pid]}, "set-up"
         for pid in processes.stages(process.pid):
             words = " ".join(processes.command_line(pid))
+            stage = words.partition("scripts.")[2].partition(" ")[0]
             alone["torchrun" if "torchrun" in words else "stage" if config.nproc == 1 else "rank"] = [pid]
         name = chance.choice(["everything", *alone])
         processes.kill(everything if name == "everything" else alone[name])
         if name not in ("everything", "driver"):
-            process.wait(60)  # a dead stage or rank ends the job, within a minute
+            wait_for_the_job(process, f"{name} was killed in {stage}", base)
     if name == "driver":  # orphans stop by themselves; `driver` knows only those that still have their parent
         wait_for_orphans([pid for pid in everything if pid != process.pid])
-    return False, name
+    return False, name, stage
+
+
+def wait_for_the_job(process: subprocess.Popen[bytes], what: str, base: Path) -> None:
+    """A dead stage or rank ends the job, within a minute. Raises UserError when it does not."""
+    try:
+        process.wait(60)
+    except subprocess.TimeoutExpired:
+        text = (base / "driver.log").read_text()[-2000:]
+        raise UserError(f"a minute after {what} the job still runs:\n{text}") from None
 
 
 def wait_for_orphans(pids: list[int]) -> None:

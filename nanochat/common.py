@@ -92,9 +92,6 @@ def compute_init(device_type: str = "", dtype: str = "", seed: int = 42) -> Worl
     """
     import torch
 
-    from nanochat.interruption import stop_with_parent
-
-    stop_with_parent()
     device = _choose_device(device_type)
     torch.manual_seed(seed)
     rank, local_rank, size = (
@@ -108,8 +105,12 @@ def compute_init(device_type: str = "", dtype: str = "", seed: int = 42) -> Worl
     if size > 1:
         import torch.distributed as dist
 
+        from nanochat.interruption import check_launcher
+
+        check_launcher()
         backend = "nccl" if device.type == "cuda" else "gloo"
-        # A dead rank must end the job, not hang it: one minute for a collective, generous only where GPUs compile.
+        # A dead rank is seen at once: torchrun ends the others, and gloo its connection. This is for one that hangs; shorter
+        # would end runs in which one rank compiles or writes while the others wait for it.
         timeout = timedelta(minutes=10 if device.type == "cuda" else 5)
         dist.init_process_group(backend, timeout=timeout, device_id=device if backend == "nccl" else None)
         host_group = dist.new_group(backend="gloo", timeout=timeout) if backend == "nccl" else None

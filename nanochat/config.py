@@ -60,7 +60,7 @@ class TrainConfig(StageConfig):
     device_batch_size: int = 32
     """rows of one microbatch on one device; lower it when memory runs out, the result stays the same"""
     total_batch_size: int = 524_288
-    """tokens of one optimizer step over all ranks; -1: one microbatch on every rank"""
+    """tokens of one optimizer step over all ranks; -1: one microbatch on every rank, so more of them with more ranks"""
     num_iterations: int = -1
     """optimizer steps; -1: what the data or the horizon asks for"""
     matrix_lr: float = 0.02
@@ -115,7 +115,10 @@ class ConversationConfig(TrainConfig):
 
 def cli(config: type[ConfigT], argv: list[str] | None = None) -> ConfigT:
     """Parse `argv` (default: the command line) into `config`; print one line and exit with 2 when that cannot be done."""
+    from nanochat.interruption import stop_with_parent
+
     sys.excepthook = _one_line_for_user_errors
+    stop_with_parent()  # here, before the seconds in which torch is imported: the launcher may die in them
     try:
         return parse(config, sys.argv[1:] if argv is None else argv)
     except UserError as error:

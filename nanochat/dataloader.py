@@ -364,25 +364,37 @@ conversation_batches = ConversationBatches
 
 
 class InTurn(Iterator[Batch]):
-    """The first `count` batches of one loader, then another: a curriculum of two parts that resumes exactly."""
+    """
+    The first `num_rows` rows of one loader, then another: a curriculum of two parts that resumes exactly.
+
+    Rows of the run are counted, not batches: how many batches the first part takes depends on the number of ranks and on
+    the size of a microbatch, and a run may go on with others.
+    """
 
     def __init__(
         self,
         first: ConversationBatches,
         then: Iterator[Batch],
         *,
-        count: int,
+        num_rows: int,
+        world: World,
         state: dict[str, Any] | None = None,
     ) -> None:
         """Both loaders stand where `state` says: give them state["first"] and state["then"]."""
-        self._first, self._then, self._count = first, then, count
-        self._taken = int(state["taken"]) if state else 0
+        self._first, self._then, self._num_rows, self._world = first, then, num_rows, world
+        if state is not None and "rows" not in state:
+            raise UserError(
+                "the checkpoint's data position counts batches, which fit one number of ranks only; "
+                "start anew with --resume=0"
+            )
+        self._rows = int(state["rows"]) if state else 0
 
     def __next__(self) -> Batch:
-        self._taken += 1
-        return next(self._first if self._taken <= self._count else self._then)
+        batch = next(self._first if self._rows < self._num_rows else self._then)
+        self._rows += len(batch.inputs) * self._world.size
+        return batch
 
     def state(self) -> dict[str, Any]:
         """Where this rank stands; `merge_states` makes it where the run stands."""
         inner = cast(Any, self._then).state()
-        return {"kind": "in turn", "taken": self._taken, "first": self._first.state(), "then": inner}
+        return {"kind": "in turn", "rows": self._rows, "first": self._first.state(), "then": inner}

@@ -13,13 +13,14 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import sys
 import threading
 import time
 from types import FrameType
 from typing import Any
 
-from nanochat.common import print0
+from nanochat.common import UserError, print0
 
 EXIT_STOPPED = 75
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
@@ -93,6 +94,25 @@ def stop_with_parent() -> None:
 
     if launched or driver:
         threading.Thread(target=watch, daemon=True).start()
+
+
+def check_launcher(*, patience_seconds: float = 20.0) -> None:
+    """Raise UserError when the torchrun that launched us died before `stop_with_parent`; torch would call it for minutes."""
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return
+    address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    deadline = time.monotonic() + patience_seconds
+    while True:
+        try:
+            socket.create_connection(address, timeout=patience_seconds).close()
+            return
+        except OSError as error:
+            if time.monotonic() > deadline:
+                raise UserError(
+                    f"torchrun, which launched this rank, does not answer at {address[0]}:{address[1]} ({error}); "
+                    "it was killed, or another node cannot be reached; start the job again"
+                ) from None
+        time.sleep(0.5)
 
 
 def _gone(pid: int) -> bool:

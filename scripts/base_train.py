@@ -123,14 +123,14 @@ def main(config: Config) -> None:
         state = stage.data_state or {}
         batches: Any = document_batches(texts, tokenizer, **shape, state=state.get("then", stage.data_state))
         if config.drill_iterations:
-            pages = Drill(
-                size=max(1, config.drill_iterations * step_tokens // DRILL_TOKENS), seed=config.seed
-            )
+            tokens = config.drill_iterations * step_tokens
+            pages = Drill(size=max(1, tokens // DRILL_TOKENS), seed=config.seed)
             drill = conversation_batches(
                 pages, tokenizer, **shape, seed=config.seed, state=state.get("first")
             )
-            count = config.drill_iterations * grad_accum
-            batches = InTurn(drill, batches, count=count, state=stage.data_state)
+            batches = InTurn(
+                drill, batches, num_rows=tokens // config.max_seq_len, world=world, state=stage.data_state
+            )
         for step in train_steps(
             model,
             optimizer,

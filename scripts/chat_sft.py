@@ -31,7 +31,7 @@ class Config(ConversationConfig):
     aqua_val_examples: int = 254
     """rows of AQuA's validation split in one validation"""
     total_batch_size: int = 65_536
-    """tokens of one optimizer step over all ranks; -1: one microbatch on every rank"""
+    """tokens of one optimizer step over all ranks; -1: one microbatch on every rank, so more of them with more ranks"""
     save_tag: str = ""
     """folder of the checkpoints that are written; by default that of the start"""
     label: str = ""

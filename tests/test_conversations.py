@@ -11,10 +11,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from packing_fakes import END, Bytes, Ranked, same, world
+from packing_fakes import END, Bytes, Ranked, same, texts_of, world
 
 from nanochat.common import UserError, World
-from nanochat.dataloader import Batch, conversation_batches, merge_states
+from nanochat.dataloader import Batch, InTurn, conversation_batches, document_batches, merge_states
 
 
 def chat(question: str, reply: str) -> dict[str, Any]:
@@ -137,6 +137,50 @@ def test_conversations_resume_exactly_with_another_number_of_ranks(steps: int) -
     for _ in range(20):
         dealt = torch.stack([next(rank).inputs for rank in ranks], dim=1).flatten(0, 1)
         assert torch.equal(dealt, next(uncut).inputs)
+
+
+def drilled(rank: int, size: int, batch_size: int, state: dict[str, Any] | None = None) -> Any:
+    """Three steps of 12 rows of conversations, then documents, as base training has its drill."""
+    task, place = chats(150), state or {}
+    shape: dict[str, Any] = {"batch_size": batch_size, "sequence_len": 48}
+    drill = conversations(task, **shape, world=ranked(task, rank, size), state=place.get("first"))
+    texts = document_batches(
+        texts_of(200), Bytes(), **shape, world=world(rank, size), state=place.get("then")
+    )
+    return InTurn(drill, texts, num_rows=36, world=world(rank, size), state=state)
+
+
+@pytest.mark.parametrize("cut", range(6))
+@pytest.mark.parametrize(
+    ("before", "after"), [((1, 6), (2, 6)), ((2, 6), (1, 6)), ((2, 3), (4, 1)), ((1, 12), (1, 4))]
+)
+def test_a_run_cut_inside_a_drill_or_after_it_goes_on_with_other_ranks_and_microbatches(
+    cut: int, before: tuple[int, int], after: tuple[int, int]
+) -> None:
+    def steps(ranks: list[Any], batch_size: int, count: int) -> list[Any]:
+        taken = []
+        for _ in range(count):
+            pieces = [[next(rank).inputs for rank in ranks] for _ in range(12 // len(ranks) // batch_size)]
+            taken.append(torch.cat([torch.stack(piece, dim=1).flatten(0, 1) for piece in pieces]))
+        return taken
+
+    def begin(shape: tuple[int, int], state: dict[str, Any] | None = None) -> list[Any]:
+        size, batch_size = shape
+        return [drilled(rank, size, batch_size, state) for rank in range(size)]
+
+    uncut = steps(begin((1, 12)), 12, 6)
+    ranks = begin(before)
+    seen = steps(ranks, before[1], cut)
+    state = json.loads(json.dumps(merge_states([rank.state() for rank in ranks])))
+    seen += steps(begin(after, state), after[1], 6 - cut)
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(seen, uncut, strict=True))
+
+
+def test_a_drill_s_place_that_counts_batches_is_refused_by_name() -> None:
+    state = drilled(0, 1, 12).state()
+    del state["rows"]
+    with pytest.raises(UserError, match="counts batches"):
+        drilled(0, 1, 12, state | {"taken": 1})
 
 
 def test_each_epoch_has_an_order_of_its_own_and_the_seed_decides() -> None:

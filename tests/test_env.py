@@ -22,7 +22,8 @@ SYSTEM = {
     "WORLD_SIZE",
     "DRIVER_PID",
 } | {
-    "TORCHELASTIC_RUN_ID",  # set by torchrun
+    "TORCHELASTIC_RUN_ID",  # set by torchrun, both
+    "TORCHELASTIC_USE_AGENT_STORE",
 }
 NAME = re.compile(r"[A-Z][A-Z0-9]*(_[A-Z0-9]+)+")
 CARRIES_ENVIRONMENT = re.compile(r"\b(environ|getenv|env)\b")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -13,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from nanochat.common import UserError
-from nanochat.interruption import EXIT_STOPPED, Stopped, StopRequests
+from nanochat.interruption import EXIT_STOPPED, Stopped, StopRequests, check_launcher
 from nanochat.locks import exclusive
 
 WORKER = """
@@ -98,6 +99,19 @@ def test_who_loses_its_driver_stops() -> None:
     driver.wait()
     printed, error = process.communicate(timeout=30)
     assert process.returncode == 75 and "finished the step" in printed and "is gone" in error
+
+
+def test_a_rank_whose_launcher_died_before_it_looked_says_so_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    check_launcher(patience_seconds=0)  # nobody launched us
+    with socket.create_server(("127.0.0.1", 0)) as store:
+        monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+        monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+        monkeypatch.setenv("MASTER_PORT", str(store.getsockname()[1]))
+        check_launcher(patience_seconds=5)
+    with pytest.raises(
+        UserError, match=r"torchrun, which launched this rank, does not answer at 127\.0\.0\.1:"
+    ):
+        check_launcher(patience_seconds=0.1)
 
 
 @pytest.fixture

@@ -155,6 +155,14 @@ def test_a_stage_says_what_it_said_once_and_remembers_its_last_evaluation(tmp_pa
     assert (tmp_path / "runs/cut/base/notes.jsonl").read_text().count("the same words") == 1
 
 
+def test_what_a_checkpoint_costs_is_logged_for_each(uncut: tuple[Path, dict[str, Tensor]]) -> None:
+    lines = (uncut[0] / "runs" / "cut" / "base" / "metrics.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
+    assert len(rows) == STEPS and all(
+        0 < row["time/save_write_seconds"] <= row["time/save_seconds"] for row in rows
+    )
+
+
 def test_two_stages_cannot_hold_one_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
     monkeypatch.setattr("nanochat.locks.PATIENCE_SECONDS", 0.0)

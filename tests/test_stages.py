@@ -94,21 +94,39 @@ def test_two_ranks_give_the_losses_of_one(home: Path, copy: Path, name: str) -> 
     assert together == pytest.approx(alone, abs=1e-4)
 
 
+def lose_the_last(home: Path, name: str) -> Path:
+    """Remove the newest checkpoint of a stage; where its model lay, relative to `home`."""
+    folder = Path({"base": "base", "mid": "mid", "sft": "chatsft", "rl": "chatrl"}[name] + "_checkpoints/d2")
+    last = max((home / folder).glob("model_*.pt"))
+    for path in (home / folder).glob(f"*{last.stem.removeprefix('model_')}*"):
+        path.unlink()
+    return folder / last.name
+
+
+def losses(rows: Sequence[dict[str, float]]) -> dict[float, float]:
+    """Step -> loss, of the steps that have one."""
+    found = [(row["step"], row["train/loss"]) for row in rows if "train/loss" in row]
+    assert len(dict(found)) == len(found), "every step stands once"
+    return dict(found)
+
+
 @pytest.mark.parametrize("name", list(STAGES))
 def test_a_stage_that_lost_its_last_checkpoint_ends_bit_identical(home: Path, copy: Path, name: str) -> None:
     import torch
 
-    folder = {"base": "base", "mid": "mid", "sft": "chatsft", "rl": "chatrl"}[name] + "_checkpoints/d2"
-    last = max((home / folder).glob("model_*.pt"))
-    before = torch.load(last, weights_only=True)
-    number = last.stem.removeprefix("model_")
-    for path in (copy / folder).glob(f"*{number}*"):
-        path.unlink()
+    last = lose_the_last(copy, name)
     rows = stage(copy, name)
-    after = torch.load(copy / folder / last.name, weights_only=True)
+    before, after = (torch.load(folder / last, weights_only=True) for folder in (home, copy))
     assert all(torch.equal(before[key], after[key]) for key in before)
-    told = [(row["step"], row["train/loss"]) for row in rows if "train/loss" in row]
-    assert told == [(row["step"], row["train/loss"]) for row in recorded(home, name) if "train/loss" in row]
+    assert losses(rows) == losses(recorded(home, name))
+
+
+@pytest.mark.parametrize("name", list(STAGES))
+def test_a_stage_goes_on_with_two_ranks_where_one_was(home: Path, copy: Path, name: str) -> None:
+    lose_the_last(copy, name)
+    together, alone = losses(stage(copy, name, ranks=2)), losses(recorded(home, name))
+    assert list(together) == list(alone)
+    assert list(together.values()) == pytest.approx(list(alone.values()), abs=1e-4)
 
 
 def test_a_finished_stage_does_nothing_and_other_settings_move_the_old_aside(copy: Path) -> None:

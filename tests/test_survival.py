@@ -16,8 +16,9 @@ import pytest
 from test_stages import STAGES
 
 from benchmarks import processes
-from benchmarks.soak import growth
+from benchmarks.soak import Config, growth
 from benchmarks.survival import compare_checkpoints, compare_metrics
+from nanochat.common import UserError
 
 BASE = [
     *STAGES["base"], "--num_iterations=16", "--save_every=4", "--device_batch_size=4", "--eval_every=5",
@@ -120,14 +121,68 @@ def test_two_ranks_stopped_then_bereft_of_one_end_as_an_uncut_run(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("wait", [0.0, 2.0])
+def test_ranks_that_lose_torchrun_while_they_start_do_not_wait_for_it(
+    wait: float, empty: Path, tmp_path: Path
+) -> None:
+    home = tmp_path / "home"
+    shutil.copytree(empty, home)
+    process = begin(home, 2)
+    ranks: list[int] = []
+    while len(ranks) < 2:
+        ranks = [pid for pid in processes.descendants(process.pid) if BASE[0] in processes.command_line(pid)]
+        time.sleep(0.02)
+    time.sleep(wait)
+    processes.kill([process.pid])
+    began = time.monotonic()
+    process.communicate(timeout=60)  # until the last of them has closed its output
+    assert time.monotonic() - began < 60
+
+
+FAILING = """
+import os
+from nanochat.config import cli
+from nanochat.stage import Stage
+from scripts import base_train
+
+report = Stage.report
+
+def failing(self, step, *rest):
+    report(self, step, *rest)
+    if step.index == 6 and os.environ["RANK"] == "1":
+        raise MemoryError("the second rank has no memory left")
+
+Stage.report = failing
+base_train.main(cli(base_train.Config))
+"""
+
+
+@pytest.mark.slow
+def test_a_fault_of_one_rank_ends_the_job_in_time_with_its_reason(
+    empty: Path, uncut: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home = tmp_path / "home"
+    shutil.copytree(empty, home)
+    (tmp_path / "failing.py").write_text(FAILING)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    process = begin(home, 2, ["failing", *BASE[1:]])
+    until(process, "base     1/16")
+    began = time.monotonic()
+    printed = finished(process, 1)
+    assert time.monotonic() - began < 60
+    assert "MemoryError: the second rank has no memory left" in printed
+    finished(begin(home, 2))
+    assert same(uncut, home) == []
+
+
+@pytest.mark.slow
 def test_one_rank_alone_is_guarded_stops_with_75_and_goes_on_with_two(
     empty: Path, uncut: Path, tmp_path: Path
 ) -> None:
     home = tmp_path / "home"
     shutil.copytree(empty, home)
     process = begin(home, 1)
-    # Past the drill. Known fault: cut inside it, another number of ranks goes on with other losses.
-    until(process, "base    10/16")
+    until(process, "base     1/16")
     os.kill(process.pid, signal.SIGSTOP)  # so that it is still there when the second one comes
     second = begin(home, 1)
     printed = finished(second, 1)
@@ -183,5 +238,9 @@ def test_a_leak_is_told_from_noise() -> None:
     assert growth(leak, 1000)["flat"] is False
     files = [(step, 500.0, 20 + step // 400) for step in range(1000)]
     assert growth(files, 1000)["flat"] is False and growth(files, 1000)["open_files"] == [21, 22]
+    with pytest.raises(UserError, match="too short a soak"):
+        growth(flat[-5:], 1000)
+    with pytest.raises(UserError, match="--requests=10 is too short a soak"):
+        Config(requests=10)
     warm_up = [(step, 300.0 + min(step, 400), 20) for step in range(1000)]
     assert growth(warm_up, 1000)["flat"] is True

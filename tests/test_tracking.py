@@ -106,12 +106,14 @@ def test_calls_of_one_step_become_one_line_and_steps_never_go_back(tmp_path: Pat
 
 
 def test_after_a_resume_every_step_stands_once(base: Path) -> None:
+    folder, ids = base / "runs" / "dummy" / "base", []
     for start, resume in ((0, None), (3, 3)):
         with tracking.open_run("base", Config(), world(), resume_step=resume) as tracker:
+            ids.append(read_json(folder / "config.json")["wandb_id"])
             for step in range(start, start + 5):
                 tracker.log(step, {"v": start})
                 tracker.table("t", step, [{"v": start}])
-    folder = base / "runs" / "dummy" / "base"
+    assert ids[0] == ids[1], "the W&B run goes on as well"
     assert [(row["step"], row["v"]) for row in log_lines(folder)] == [(s, 0) for s in range(3)] + [
         (s, 3) for s in range(3, 8)
     ]
