@@ -193,7 +193,12 @@ def draw(rows: Sequence[Row], path: Path) -> None:
 
     parts = [part for part in AXES if of_part(rows, part)[0]]
     figure, axes = pyplot.subplots(
-        1, len(parts), figsize=(3.25 * len(parts), 3.2), layout="constrained", squeeze=False
+        1,
+        len(parts),
+        figsize=(3.25 * len(parts), 3.2),
+        layout="constrained",
+        squeeze=False,
+        facecolor="white",
     )
     for axis, part in zip(axes[0], parts, strict=True):
         xs, ys = of_part(rows, part)
@@ -202,11 +207,23 @@ def draw(rows: Sequence[Row], path: Path) -> None:
         axis.set_yscale("log")
         axis.set_xticks(xs, [f"{x:g}" for x in xs])
         axis.minorticks_off()
+        axis.set_yticks([])  # the points say it: an axis of one or two decades has hardly a label
+        for x, y in zip(xs, ys, strict=True):
+            axis.annotate(
+                f"{y:.3g}" if y < 1000 else f"{y:,.0f}",
+                (x, y),
+                (-9 if ys[-1] > ys[0] else 9, 5),
+                textcoords="offset points",
+                fontsize=8,
+                ha="center",
+            )
+        axis.margins(0.12, 0.15)
         axis.set_xlabel(AXES[part])
         axis.set_title("seconds to train a tokenizer" if part == "tokenizer" else "microseconds per token")
         axis.grid(alpha=0.3)
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, metadata={"Date": None})
+    with matplotlib.rc_context({"svg.hashsalt": "growth"}):
+        figure.savefig(path, metadata={"Date": None})
     pyplot.close(figure)
 
 
