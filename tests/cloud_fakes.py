@@ -7,8 +7,10 @@ user-data of at most 1 MB, no field named quantity) are checked by hand, everywh
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import signal
 import stat
 import sys
 import threading
@@ -408,6 +410,13 @@ class OtherSide:
     @property
     def checkout(self) -> Path:
         return self.home / "nanochatAquaRat"
+
+    def switch_off(self) -> None:
+        """What runs in a session ends with the machine; a run that has said its last word may not be gone yet."""
+        for session in self.home.glob(".session-*"):
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(int(session.read_text()), signal.SIGKILL)
+            session.unlink()
 
 
 def other_side(folder: Path, *, gpu: bool = True) -> OtherSide:

@@ -116,7 +116,9 @@ def launcher_commands(document: str) -> list[str]:
     return [c for c in commands(document) if "launch_lambda" in c]
 
 
-def test_quickstart_on_a_rented_machine(tmp_path: Path, laptop: tuple[Laptop, FakeLambda]) -> None:
+def test_quickstart_on_a_rented_machine(
+    tmp_path: Path, laptop: tuple[Laptop, FakeLambda], side: OtherSide
+) -> None:
     user, account = laptop
     plan, launch, fetch, terminate = launcher_commands("QUICKSTART.md")
     assert "hours, $" in run_as_written(user, plan).stdout and account.launches == []
@@ -124,6 +126,7 @@ def test_quickstart_on_a_rented_machine(tmp_path: Path, laptop: tuple[Laptop, Fa
     whole = run_as_written(user, launch, *here)
     assert "is terminated" in whole.stderr and account.running == []
     assert account.launches[0]["instance_type_name"] == "gpu_8x_h100_sxm5"
+    side.switch_off()
     run_as_written(user, launch.replace(" --terminate-when-done", ""), *here[:1], *here[2:], here[1])
     assert len(account.running) == 1
     assert "fetched to" in run_as_written(user, fetch).stderr
