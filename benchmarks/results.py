@@ -22,13 +22,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from benchmarks.rl_gain import ROOT, run_driver, seeds_of
 from nanochat.common import UserError, base_dir
 from nanochat.config import cli
 from nanochat.report_text import percent, table
 from nanochat.rl_gain import mean, points, standard_error
 from nanochat.run_files import read_json
 
-ROOT = Path(__file__).resolve().parent.parent
 TASK = "AQUA"
 CPU = {"PRESET": "cpu", "RL_STEPS": "280"}  # one pass over the AQuA rows at hand
 SIZES: dict[str, dict[str, str]] = {
@@ -70,8 +70,7 @@ def run_seed(size: str, seed: str, samples: int) -> None:
         "SEED": seed, "RUN": run, "NANOCHAT_BASE_DIR": str(folder), "RL_DATASET": "AQUA", "EVAL_TASKS": TASK,
         "EXTRA_CHAT_EVAL": "--rotations=5",
     }  # fmt: skip
-    if subprocess.run(["bash", "run_aquarat_small.sh"], cwd=ROOT, env=settings).returncode:
-        raise UserError(f"seed {seed} failed, see above; the same command goes on from there")
+    run_driver(seed, settings)
     rl = read_json(folder / "runs" / run / "chat_eval_rl" / "config.json")["config"]
     same = [
         f"--{name}={rl[name]}"
@@ -157,9 +156,7 @@ HEADINGS = (
 
 def main(config: Config) -> None:
     """Run what is not there yet, print the rows, the vote, and one JSON line."""
-    names = [seed.strip() for seed in config.seeds.split(",") if seed.strip()]
-    if not names or not all(name.isdecimal() for name in names):
-        raise UserError(f"--seeds={config.seeds} are not numbers with commas between, such as 42,43,44")
+    names = seeds_of(config.seeds)
     for name in names if not config.only_table else ():
         run_seed(config.size, name, config.samples)
     seeds = [

@@ -16,7 +16,7 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -52,14 +52,27 @@ def folder_of(seed: str) -> Path:
     return base_dir() / "rl_gain" / f"seed{seed}"
 
 
+def seeds_of(text: str) -> list[str]:
+    """ "42,43" as a list. Raises UserError for anything but numbers with commas between."""
+    seeds = [seed.strip() for seed in text.split(",") if seed.strip()]
+    if not seeds or not all(seed.isdecimal() for seed in seeds):
+        raise UserError(f"--seeds={text} are not numbers with commas between, such as 42,43,44")
+    return seeds
+
+
+def run_driver(seed: str, settings: Mapping[str, str]) -> None:
+    """The driver with these knobs, from an empty directory or from where it stopped. Raises UserError where it fails."""
+    if subprocess.run(["bash", "run_aquarat_small.sh"], cwd=ROOT, env=os.environ | dict(settings)).returncode:
+        raise UserError(f"seed {seed} failed, see above; the same command goes on from there")
+
+
 def run_seed(seed: str, *, plateau: bool) -> None:
-    """The driver, from an empty directory or from where it stopped."""
+    """The whole pipeline with RL on the built-in problems, and its controls."""
     settings = {
         "SEED": seed, "RUN": f"seed{seed}", "NANOCHAT_BASE_DIR": str(folder_of(seed)),
         "RL_DATASET": "SYNTHETIC", "CONTROLS": "2" if plateau else "1", "WANDB_MODE": os.environ.get("WANDB_MODE", "offline"),
     }  # fmt: skip
-    if subprocess.run(["bash", "run_aquarat_small.sh"], cwd=ROOT, env=os.environ | settings).returncode:
-        raise UserError(f"seed {seed} failed, see above; the same command goes on from there")
+    run_driver(seed, settings)
 
 
 def broken_bounds(gains: Sequence[Gain]) -> Iterator[str]:
@@ -100,9 +113,7 @@ def kinds_table(seeds: Sequence[str], task: str) -> str:
 
 def main(config: Config) -> None:
     """Run what is not there yet, print the tables, one JSON line, and the bounds that do not hold."""
-    seeds = [seed.strip() for seed in config.seeds.split(",") if seed.strip()]
-    if not seeds or not all(seed.isdecimal() for seed in seeds):
-        raise UserError(f"--seeds={config.seeds} are not numbers with commas between, such as 42,43,44")
+    seeds = seeds_of(config.seeds)
     for place, seed in enumerate(seeds if not config.only_table else ()):
         run_seed(seed, plateau=place < config.plateau_seeds)
     gains = [load_gain(folder_of(seed) / "runs" / f"seed{seed}", config.task) for seed in seeds]
