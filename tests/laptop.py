@@ -50,6 +50,23 @@ class Laptop:
             assert not [secret for secret in self.hidden if secret in text]
         return done
 
+    def terminated_once_launched(self, *words: str) -> tuple[int, str]:
+        """SIGTERM to the launcher as soon as it has rented a machine: its exit code, and what it printed from then on."""
+        running = subprocess.Popen(
+            fast_python(self.program, *words),
+            cwd=ROOT,
+            env=self.environment(),
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        assert running.stderr is not None
+        for line in running.stderr:
+            if "launched" in line:
+                break
+        running.terminate()
+        _, rest = running.communicate(timeout=60)
+        return running.returncode, rest
+
 
 def starting(tmp_path: Path, driver: str) -> list[str]:
     """Flags that start `driver` from a repository of its own."""

@@ -253,15 +253,8 @@ def test_another_host_key_than_at_first_contact_is_refused(
 
 def test_a_killed_launcher_gives_the_machine_back(tmp_path: Path, laptop: Laptop, fake: FakeLambda) -> None:
     fake.polls_until_active = 10**6
-    words = fast_python("scripts.launch_lambda_training", "--ssh-key-name=laptop")
-    running = subprocess.Popen(words, cwd=ROOT, env=laptop.environment(), stderr=subprocess.PIPE, text=True)
-    assert running.stderr is not None
-    for line in running.stderr:
-        if "launched" in line:
-            break
-    running.terminate()
-    _, rest = running.communicate(timeout=60)
-    assert running.returncode == 143 and "is terminated" in rest
+    code, rest = laptop.terminated_once_launched("--ssh-key-name=laptop")
+    assert code == 143 and "is terminated" in rest
 
 
 @pytest.mark.slow

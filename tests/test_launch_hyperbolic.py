@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
-from cloud_fakes import ROOT, FastClock, OtherSide, fast_python
+from cloud_fakes import FastClock, OtherSide
 from hyperbolic_fakes import KEY, FakeHyperbolic, node
 from laptop import BAD, GOOD, LONG, SECRET, Laptop, starting
 
@@ -173,16 +172,8 @@ def test_what_else_goes_wrong(tmp_path: Path, laptop: Laptop, fake: FakeHyperbol
 
 def test_a_killed_launcher_gives_the_machine_back(laptop: Laptop, fake: FakeHyperbolic) -> None:
     fake.polls_until_online = 10**6
-    running = subprocess.Popen(
-        fast_python(COMMAND), cwd=ROOT, env=laptop.environment(), stderr=subprocess.PIPE, text=True
-    )
-    assert running.stderr is not None
-    for line in running.stderr:
-        if "launched" in line:
-            break
-    running.terminate()
-    _, rest = running.communicate(timeout=60)
-    assert running.returncode == 143 and "is terminated" in rest
+    code, rest = laptop.terminated_once_launched()
+    assert code == 143 and "is terminated" in rest
 
 
 def test_keep_leaves_it_and_says_what_it_costs(tmp_path: Path, laptop: Laptop, fake: FakeHyperbolic) -> None:
