@@ -124,13 +124,19 @@ def together(seeds: Sequence[Seed], stage: str, key: str) -> str:
     return " ".join(str(sum(one.get(letter, 0) for one in counts)) for letter in (*"ABCDE", "none"))
 
 
+def with_interval(result: Mapping[str, Any]) -> str:
+    """Accuracy of one seed in percent, and its 95 % interval (Wilson)."""
+    value, low, high = (100 * result[key] for key in ("accuracy", "low", "high"))
+    return f"{value:.1f} ({low:.1f} to {high:.1f})"
+
+
 def rows(size: str, seeds: Sequence[Seed]) -> list[list[str]]:
-    """A row for each stage: mean, standard error, interval of all answers, and what the mean hides."""
+    """A row for each stage: mean, standard error, and what the mean hides."""
     found = []
     for stage in STAGES:
-        each = [seed.accuracy(stage) for seed in seeds]
-        turned = [seed.results[stage][f"{TASK} rotations"] for seed in seeds]
         results = [seed.results[stage][TASK] for seed in seeds]
+        each = [float(r["accuracy"]) for r in results]
+        turned = [seed.results[stage][f"{TASK} rotations"] for seed in seeds]
         p = [
             f"{100 * (r['accuracy'] - r['before']['accuracy']):+.1f} ({r['mcnemar_p']:.1g})"
             for r in results
@@ -139,7 +145,7 @@ def rows(size: str, seeds: Sequence[Seed]) -> list[list[str]]:
         found.append(
             [
                 size if stage == "base" else "", stage, f"{percent(mean(each))} ({points(standard_error(each))})",
-                ", ".join(f"{100 * value:.1f}" for value in each), percent(mean([r["majority"] for r in results])),
+                ", ".join(with_interval(r) for r in results), percent(mean([r["majority"] for r in results])),
                 percent(mean([t["eval/rotation_acc"] for t in turned])),
                 percent(mean([t["eval/rotation_consistency"] for t in turned])),
                 together(seeds, stage, "predicted"), percent(mean([r["parse_rate"] for r in results])), ", ".join(p),
@@ -149,7 +155,7 @@ def rows(size: str, seeds: Sequence[Seed]) -> list[list[str]]:
 
 
 HEADINGS = (
-    "size", "after", "accuracy, mean (standard error)", "each seed", "commonest letter", "in five orders of the options",
+    "size", "after", "accuracy, mean (standard error)", "each seed (95 % interval)", "commonest letter", "in five orders of the options",
     "same answer in all orders", "said A B C D E none", "read", "points on SFT (p), each seed",
 )  # fmt: skip
 

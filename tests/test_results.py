@@ -18,6 +18,8 @@ def asked(accuracy: float, **more: Any) -> dict[str, Any]:
     one = {
         "accuracy": accuracy,
         "n": 100,
+        "low": accuracy - 0.08,
+        "high": accuracy + 0.09,
         "majority": 0.25,
         "parse_rate": 0.95,
         "predicted": LETTERS,
@@ -49,7 +51,7 @@ def test_a_row_has_the_mean_and_what_the_mean_hides(tmp_path: Path) -> None:
     assert seeds[0].results[VOTE]["AQUA"]["maj"] == 0.31 and seeds[0].hardware == "2 cores, a CPU"
     base, sft, rl = rows("0.4M", seeds)
     assert [row[1] for row in (base, sft, rl)] == list(STAGES) and len(rl) == len(HEADINGS)
-    assert rl[2] == "27.5 % (2.5)" and rl[3] == "30.0, 25.0"
+    assert rl[2] == "27.5 % (2.5)" and rl[3] == "30.0 (22.0 to 39.0), 25.0 (17.0 to 34.0)"
     assert rl[-1] == "+6.0 (0.03), -1.0 (0.03)" and sft[-1] == ""
     assert together(seeds, "RL", "predicted") == "60 40 40 40 10 10"
 
