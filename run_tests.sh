@@ -49,7 +49,11 @@ marks=""
 [ -z "${FAST:-}" ] || marks="${marks:+$marks and }not slow"
 nvidia-smi >/dev/null 2>&1 || marks="${marks:+$marks and }not gpu"
 if [ ${#failed[@]} -gt 0 ]; then printf 'failed so far: %s\n' "${failed[*]}"; fi
-check "pytest" python -m pytest -m "$marks" --durations=10 "$@"
+# A worker on each core, each computing on one: threads of several workers would wait for each other.
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
+workers=(-n logical --maxprocesses=8 --dist loadfile --no-loadscope-reorder)
+[ -z "${LONG:-}" ] || workers=() # some of the long ones want the machine to themselves
+check "pytest" python -m pytest -m "$marks" --durations=10 "${workers[@]}" "$@"
 
 if [ ${#failed[@]} -gt 0 ]; then
   printf 'failed:'
