@@ -89,7 +89,7 @@ def _permutation(seed: int, epoch: int, num_questions: int) -> tuple[int, ...]:
 
 
 def questions_for_step(seed: int, step: int, num_questions: int, examples_per_step: int) -> list[int]:
-    """The questions of a step: every epoch is a fresh permutation, and a step knows its place without history."""
+    """The questions of a step, the first being 0: every epoch is a fresh permutation, and a step needs no history."""
     if num_questions < 1:
         raise UserError("there are no questions to train on; check --dataset and its path")
     places = range(step * examples_per_step, (step + 1) * examples_per_step)
@@ -104,12 +104,14 @@ def refill_questions(seed: int, step: int, attempt: int, num_questions: int, cou
     return generator.sample(range(num_questions), min(count, num_questions))
 
 
-def rollout_seeds(seed: int, step: int, questions: Sequence[int]) -> list[int]:
-    """One seed per question; where a question stands twice in a step (as epochs meet), the second differs."""
+def rollout_seeds(seed: int, step: int, questions: Sequence[int], *, attempt: int = 0) -> list[int]:
+    """One seed per question; where a question stands twice in a step (as epochs meet, or in a later `attempt` to refill
+    it), the second differs."""
     seen: Counter[int] = Counter()
+    later = (attempt,) if attempt else ()
     seeds = []
     for question in questions:
-        seeds.append(derive_seed("rollout", seed, step, question, seen[question]))
+        seeds.append(derive_seed("rollout", seed, step, question, seen[question], *later))
         seen[question] += 1
     return seeds
 

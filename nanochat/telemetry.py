@@ -28,6 +28,11 @@ from nanochat.rl import Conversation, Episode, Group, RewardTask, rollout, sampl
 from nanochat.tracking import Tracker
 
 
+def due(step: int, every: int, num_steps: int) -> bool:
+    """Every so many steps, and at the last; `every` of 0 or less means never."""
+    return every > 0 and (step % every == 0 or step == num_steps)
+
+
 def frozen_copy(model: GPT) -> GPT:
     """The reference policy: the model as it is now, for ever."""
     return copy.deepcopy(model).eval().requires_grad_(False)
@@ -47,11 +52,19 @@ class Telemetry:
     temperature: float
     max_tokens: int
     seed: int
+    kl_every: int
+    """steps between looks at letters and KL; -1: never"""
+    attn_every: int
+    """and at attention"""
     html: bool = False
     """also write treescope's view of the attention maps"""
 
-    def look(self, step: int, groups: Sequence[Group], *, letters: bool, attention: bool) -> dict[str, Any]:
-        """What is due at `step`, on the main rank; the probe is answered once for both."""
+    def look(self, step: int, groups: Sequence[Group], num_steps: int) -> dict[str, Any]:
+        """What is due at `step` and, to compare with, at the first; the probe is answered once for both."""
+        letters, attention = (
+            due(step, every, num_steps) or (step == 1 and every > 0)
+            for every in (self.kl_every, self.attn_every)
+        )
         answers = self.answer_probe() if letters or attention else []
         metrics: dict[str, Any] = {}
         if letters:
@@ -124,6 +137,23 @@ def validation_metrics(
         if hasattr(task, "problem"):
             metrics |= evaluate_rotations(engine, tokenizer, task, world, **settings).metrics()
     return metrics
+
+
+def step_line(step: int, num_steps: int, metrics: dict[str, Any]) -> str:
+    """What a person wants to see of a step."""
+    names = {
+        "rl/acc": "acc",
+        "rl/mean_reward": "reward",
+        "rl/live_groups": "live",
+        "rl/avg_completion_len": "tokens",
+    }
+    shown = [f"{word} {metrics[name]:.3g}" for name, word in names.items() if name in metrics]
+    for name, value in metrics.items():
+        if name.endswith("_dev_acc"):
+            low, high = metrics[f"{name}_low"], metrics[f"{name}_high"]
+            shown.append(f"{name.removeprefix('eval/')} {value:.1%} ({low:.1%} to {high:.1%})")
+    shown += [f"{metrics['time/step_seconds']:.1f} s"] if "time/step_seconds" in metrics else []
+    return f"rl {step:5,}/{num_steps:,} · " + " · ".join(shown)
 
 
 class Clock:
