@@ -17,7 +17,6 @@ import wandb_file
 
 from nanochat import tracking
 from nanochat.common import UserError
-from nanochat.metrics import DASHBOARDS, METRICS, describe
 from nanochat.provenance import REDACTED, is_secret, redacted
 from nanochat.run_files import Files, Histogram, read_json, read_lines, read_metrics
 
@@ -352,20 +351,6 @@ def test_a_key_is_found_where_wandb_finds_it(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
     assert tracking.has_key("https://api.wandb.ai")
     assert not tracking.has_key("https://other.host")
-
-
-def test_every_curve_of_a_dashboard_is_described() -> None:
-    names = {
-        name
-        for panels in DASHBOARDS.values()
-        for panel in panels
-        if panel.kind in ("line", "histogram")
-        for name in panel.metrics
-    }
-    assert [name for name in names if not describe(name)] == []
-    assert all(metric.healthy.endswith(".") for metric in METRICS.values())
-    assert describe("attn/entropy_layer/7") == METRICS["attn/entropy_layer/*"].healthy
-    assert describe("nothing/such") == ""
 
 
 def test_a_histogram_counts_finite_values() -> None:
