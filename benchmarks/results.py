@@ -125,7 +125,7 @@ def together(seeds: Sequence[Seed], stage: str, key: str) -> str:
 
 
 def rows(size: str, seeds: Sequence[Seed]) -> list[list[str]]:
-    """A row for each stage: mean, standard error, interval of all answers, and what the mean hides."""
+    """A row for each stage: mean, standard error, and what the mean hides."""
     found = []
     for stage in STAGES:
         each = [seed.accuracy(stage) for seed in seeds]
@@ -164,6 +164,10 @@ def main(config: Config) -> None:
     ]
     n = seeds[0].results["RL"][TASK]["n"]
     print(f"## {TASK}, {n} questions\n\n{table(list(HEADINGS), rows(config.size, seeds))}\n")
+    for stage in STAGES:
+        each = [seed.results[stage][TASK] for seed in seeds]
+        shown = (f"{100 * r['accuracy']:.1f} ({100 * r['low']:.1f} to {100 * r['high']:.1f})" for r in each)
+        print(f"95 % intervals after {stage}: {', '.join(shown)}")
     votes = [seed.results[VOTE][TASK] for seed in seeds]
     print(f"maj@{votes[0]['num_samples']} of RL on {TASK}: {', '.join(percent(v['maj']) for v in votes)}")
     hours = [seed.seconds / 3600 for seed in seeds]
