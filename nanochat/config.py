@@ -217,7 +217,9 @@ def _print_help(
         if aliases := field.metadata.get("aliases", ()):
             described = tyro.conf.arg(aliases=list(aliases), help=field.metadata["help"] or None)
             config.__annotations__[name] = typing.Annotated[hints[name], described]
-    tyro.cli(config, args=["--help"], config=(tyro.conf.FlagConversionOff,))
+    spec = sys.modules["__main__"].__spec__
+    program = f"python -m {spec.name}" if spec else sys.argv[0]
+    tyro.cli(config, prog=program, args=["--help"], config=(tyro.conf.FlagConversionOff,))
     raise SystemExit(0)
 
 
