@@ -51,6 +51,8 @@ class StageConfig:
     """Weights & Biases project; by default WANDB_PROJECT or nanochat-aquarat"""
     wandb_entity: str = ""
     """Weights & Biases entity; by default WANDB_ENTITY"""
+    wandb_mode: Literal["", "online", "offline", "disabled"] = ""
+    """by default WANDB_MODE or online; without a key or network the run is offline"""
 
 
 @dataclass(frozen=True)

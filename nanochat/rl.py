@@ -6,7 +6,8 @@ and no reference model in the loss: with one update per rollout this is REINFORC
 is left of GRPO (arXiv 2402.03300) when everything that does nothing on policy is taken out.
 
 Randomness is a value here: the order of questions, the order of options, the samples and the random control follow from
-(seed, step, question, sample) and nothing else, so a run resumes exactly and does not depend on the number of ranks.
+(seed, step, question, sample) and nothing else, so a run resumes exactly and does not depend on the number of ranks (with
+dynamic sampling, where each rank refills its own share, it does).
 
 The loss stands in nanochat/policy_gradient.py, the microbatches in nanochat/shared_prefix.py.
 """

@@ -40,9 +40,10 @@ from nanochat.train import NonFiniteGuard, Step, peak_flops
 
 # Flags that change what is seen of a run, or how it is cut up, but not what it learns.
 OPERATIONAL = {
-    "run", "model_tag", "device_type", "dtype", "wandb_project", "wandb_entity", "device_batch_size", "eval_every",
-    "eval_examples", "eval_samples", "eval_tokens", "kl_every", "kl_batch", "kl_mode", "attn_every", "attn_html",
-    "save_every", "keep_last", "log_every", "resume", "step", "save_tag", "label", "compile",
+    "run", "model_tag", "save_tag", "label", "device_type", "dtype", "compile", "device_batch_size",
+    "wandb_project", "wandb_entity", "wandb_mode", "log_every", "save_every", "keep_last", "resume", "step",
+    "eval_every", "eval_examples", "eval_samples", "eval_tokens",
+    "kl_every", "kl_batch", "kl_mode", "attn_every", "attn_html",
 }  # fmt: skip
 
 

@@ -59,7 +59,7 @@ class Config(StageConfig):
     permute_options: bool = True
     """shuffle each question's options, so that no letter is worth more than another"""
     dynamic_sampling: bool = False
-    """draw further questions in place of groups that are all right or all wrong"""
+    """draw further questions in place of groups that are all right or all wrong; each rank for its own share"""
     # reward and objective
     format_reward: float = 0.1
     """for exactly one well-formed answer line"""

@@ -28,6 +28,7 @@ class Config:
     run: str = "dummy"
     wandb_project: str = ""
     wandb_entity: str = ""
+    wandb_mode: str = ""
     max_new_tokens: int = 64
     api_key: str = ""
 
@@ -271,6 +272,14 @@ def test_an_offline_wandb_run_can_be_read_back(base: Path) -> None:
         "rl",
     )
     assert record.run_id == read_json(base / "runs" / "watched" / "rl" / "config.json")["wandb_id"]
+
+
+def test_the_flag_for_the_mode_goes_before_the_environment(base: Path) -> None:
+    pytest.importorskip("wandb")
+    flagged = SCRIPT.replace('"quality"', '"quality", wandb_mode="offline"')
+    done = run_script(flagged, base, WANDB_MODE="disabled")
+    assert done.returncode == 0 and "warning" not in done.stderr, done.stderr
+    assert wandb_file.history(offline_file(base))
 
 
 def test_without_a_key_the_run_is_offline_with_one_warning(base: Path) -> None:
