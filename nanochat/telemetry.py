@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from nanochat.accuracy import with_interval
-from nanochat.attention import attention_html, attention_telemetry, heatmap_png
+from nanochat.attention import attention_html, attention_telemetry, heatmap_png, treescope_package
 from nanochat.common import World, derive_seed
 from nanochat.engine import Engine
 from nanochat.evaluate import evaluate_generative, evaluate_letters, evaluate_rotations
@@ -58,6 +58,28 @@ class Telemetry:
     """and at attention"""
     html: bool = False
     """also write treescope's view of the attention maps"""
+
+    @classmethod
+    def of(
+        cls, config: Any, *, engine: Engine, reference: GPT | None, task: Any, tracker: Tracker
+    ) -> Telemetry:
+        """As the flags of the RL stage say, on the first --kl_batch questions of `task`."""
+        if config.attn_html:
+            treescope_package()  # where it is missing that is told now, not at the first look
+        return cls(
+            engine=engine,
+            reference=reference,
+            task=task,
+            probe=[(number, task[number]) for number in range(min(config.kl_batch, len(task)))],
+            tracker=tracker,
+            mode=config.kl_mode,
+            temperature=config.temperature,
+            max_tokens=config.max_new_tokens,
+            seed=config.seed,
+            kl_every=config.kl_every,
+            attn_every=config.attn_every,
+            html=config.attn_html,
+        )
 
     def look(self, step: int, groups: Sequence[Group], num_steps: int) -> dict[str, Any]:
         """What is due at `step` and, to compare with, at the first; the probe is answered once for both."""

@@ -29,8 +29,6 @@ if TYPE_CHECKING:
     from nanochat.optim import MuonAdamW
     from nanochat.policy_gradient import Objective
     from nanochat.rl import Group
-    from nanochat.telemetry import Telemetry
-    from nanochat.tracking import Tracker
 
 
 @dataclass(frozen=True)
@@ -176,7 +174,7 @@ def main(config: Config) -> None:
     from nanochat.schedule import linear_to_zero
     from nanochat.shared_prefix import tokens_of_rows
     from nanochat.stage import open_stage, tell
-    from nanochat.telemetry import Clock, due, frozen_copy, step_line
+    from nanochat.telemetry import Clock, Telemetry, due, frozen_copy, step_line
     from nanochat.train import compiles
 
     world = compute_init(config.device_type, config.dtype, config.seed)
@@ -193,7 +191,9 @@ def main(config: Config) -> None:
     with open_stage("rl", config, world, tag=tag, parent=parent, record=record) as stage:
         tell(stage.tracker, notes)
         stage.restore(policy, optimizer)
-        telemetry = make_telemetry(engine, reference, held_out, config, stage.tracker)
+        telemetry = Telemetry.of(
+            config, engine=engine, reference=reference, task=held_out, tracker=stage.tracker
+        )
         if stage.start == 0 and config.eval_every > 0:
             found = validate(engine, held_out, config, world)
             stage.tracker.log(0, found)
@@ -321,28 +321,6 @@ def pose(questions: Any, number: int, config: Config, step: int) -> Any:
         return questions[number]
     problem = questions.problem(number)
     return problem.permuted(option_order(config.seed, step, number, len(problem.options))).conversation()
-
-
-def make_telemetry(
-    engine: Engine, reference: GPT | None, task: Any, config: Config, tracker: Tracker
-) -> Telemetry:
-    """What watches the policy, on the first --kl_batch questions of `task`."""
-    from nanochat.telemetry import Telemetry
-
-    return Telemetry(
-        engine=engine,
-        reference=reference,
-        task=task,
-        probe=[(number, task[number]) for number in range(min(config.kl_batch, len(task)))],
-        tracker=tracker,
-        mode=config.kl_mode,
-        temperature=config.temperature,
-        max_tokens=config.max_new_tokens,
-        seed=config.seed,
-        kl_every=config.kl_every,
-        attn_every=config.attn_every,
-        html=config.attn_html,
-    )
 
 
 def validate(engine: Engine, task: Any, config: Config, world: World) -> dict[str, Any]:
