@@ -306,7 +306,7 @@ def _sums(groups: Sequence[Group]) -> dict[str, float]:
         "live": sum(map(is_live, groups)),
         "reward": math.fsum(e.reward.total for e in episodes),
         "reward_squared": math.fsum(e.reward.total**2 for e in episodes),
-        "formatted": sum(e.reward.format > 0 for e in episodes),
+        "formatted": sum(e.letter is not None for e in episodes),  # not by its pay, which may be set to 0
         "tokens": sum(e.num_tokens for e in episodes),
         "tokens_solved": sum(e.num_tokens for e in episodes if e.reward.correct),
         "truncated": sum(e.completion.truncated for e in episodes),
