@@ -38,10 +38,9 @@ class Config(training.Config):
 
 def list_types() -> None:
     """A table of offers, cheapest first, those that can be had before the others."""
+    offers = LambdaCloud.from_environment().offers()
     print(f"{'instance type':28}{'GPUs':>5}{'an hour':>10}  free in")
-    for offer in sorted(
-        LambdaCloud.from_environment().offers(), key=lambda o: (not o.regions, o.price_cents_per_hour)
-    ):
+    for offer in sorted(offers, key=lambda o: (not o.regions, o.price_cents_per_hour)):
         where = ", ".join(offer.regions) or "-"
         print(
             f"{offer.instance_type:28}{offer.num_gpus:>5}{dollars(offer.price_cents_per_hour):>10}  {where}"

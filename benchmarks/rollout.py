@@ -304,7 +304,7 @@ def main(config: Config) -> None:
     say_what_is_skipped(world)
     print(f"{len(prompts)} prompts of {lengths[0]} to {lengths[-1]} tokens from {source}")
     print(
-        f"{'depth':>5} {'rows':>7} {'engine tok/s':>13} {'reference tok/s':>16} {'ratio':>6} {'same greedy':>12}"
+        f"{'depth':>5} {'rows':>7} {'engine tok/s':>13} {'reference tok/s':>16} {'ratio':>6} {'same greedy':>12} {'MBU':>6}"
     )
     results = []
     for depth in map(int, config.depths.split(",")):

@@ -250,10 +250,11 @@ class Rotations:
         return (tuple(outcome.options[0] for outcome in row) for row in rows)
 
     def metrics(self) -> dict[str, float]:
-        return with_interval("eval/rotation_consistency", self.consistency, self.n) | {
-            "eval/rotation_acc": self.value,
-            "eval/rotation_all_right": self.all_right,
-        }
+        curves = {"consistency": self.consistency, "acc": self.value, "all_right": self.all_right}
+        metrics: dict[str, float] = {}
+        for name, value in curves.items():
+            metrics |= with_interval(f"eval/rotation_{name}", value, self.n)
+        return metrics
 
     def describe(self) -> str:
         """A block for a person."""

@@ -9,7 +9,7 @@ position. The entropy of row t can be at most log(t + 1), so averaging over a pr
 mostly measures its length; beside the raw figure stands the one divided by log(visible keys), which is 1 for even
 attention. Option masses are read at the answer position, the row that predicts the letter.
 
-Views: PNG, and a standalone HTML page by DeepMind's treescope (`uv sync --extra interp`).
+Views: PNG, and a standalone HTML page by DeepMind's treescope (`uv sync --inexact --extra interp`).
 
 Legend: B sequences, T time, R rows of interest, H query heads, G key heads of size hd, D model dimension.
 """
@@ -276,17 +276,23 @@ def _png(pixels: np.ndarray, title: str) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + b"".join(chunk(kind, data) for kind, data in body)
 
 
+def treescope_package() -> Any:
+    """What draws the HTML view. Raises UserError where it is not installed."""
+    try:
+        import treescope
+    except ImportError:
+        raise UserError(
+            "the HTML view needs treescope: uv sync --inexact --extra interp, or leave --attn_html off"
+        ) from None
+    return treescope
+
+
 def attention_html(maps: dict[int, np.ndarray], tokens: Sequence[str]) -> str:
     """A standalone page by treescope: (layers, H, T, T) with sliders for layer and head, the words on both sides.
 
     numpy arrays only: treescope 0.1.10 fails on any torch tensor from torch 2.13 on.
     """
-    try:
-        import treescope
-    except ImportError:
-        raise UserError(
-            "the HTML view needs treescope: uv sync --extra interp, or leave --attn_html off"
-        ) from None
+    treescope = treescope_package()
     layers = sorted(maps)
     names = [_visible(token) for token in tokens]
     figure: Any = treescope.render_array(

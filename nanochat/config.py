@@ -51,6 +51,8 @@ class StageConfig:
     """Weights & Biases project; by default WANDB_PROJECT or nanochat-aquarat"""
     wandb_entity: str = ""
     """Weights & Biases entity; by default WANDB_ENTITY"""
+    wandb_mode: Literal["", "online", "offline", "disabled"] = ""
+    """by default WANDB_MODE or online; without a key or network the run is offline"""
 
 
 @dataclass(frozen=True)
@@ -217,7 +219,9 @@ def _print_help(
         if aliases := field.metadata.get("aliases", ()):
             described = tyro.conf.arg(aliases=list(aliases), help=field.metadata["help"] or None)
             config.__annotations__[name] = typing.Annotated[hints[name], described]
-    tyro.cli(config, args=["--help"], config=(tyro.conf.FlagConversionOff,))
+    spec = sys.modules["__main__"].__spec__
+    program = f"python -m {spec.name}" if spec else sys.argv[0]
+    tyro.cli(config, prog=program, args=["--help"], config=(tyro.conf.FlagConversionOff,))
     raise SystemExit(0)
 
 

@@ -132,17 +132,17 @@ SECTIONS: dict[str, dict[str, Metric]] = {
             "To 0 within a few dozen steps: all samples of a group are alike; lower the rate or set --entropy_coef. Rising without end: the rate is too high."),
         "rl/sampler_trainer_logp_diff_mean": Metric(
             "How well the trainer reproduces the probabilities that were sampled from.",
-            "Mean over trained tokens of |log p of the trainer - log p of the sampler|, first update of the step.",
+            "Mean over trained tokens of |log p of the trainer - log p of the sampler|, first update of the step; left out of a step without a live group.",
             "Sampler against trainer; 1e-5 in float32, else training is not on policy.",
             "Above 1e-3 in float32: --top_k is not 0, or one of the two paths has a bug."),
         "rl/sampler_trainer_logp_diff_max": Metric(
             "The worst token of the same comparison.",
-            "Maximum over trained tokens of |log p of the trainer - log p of the sampler|.",
+            "Maximum over trained tokens of |log p of the trainer - log p of the sampler|, left out as the mean.",
             "The worst token of sampler against trainer; below 1e-3 in float32, larger in bfloat16.",
             "Single large values: one kind of token is treated differently, often the stop token."),
         "rl/clip_fraction": Metric(
             "Share of tokens whose gradient was clipped away.",
-            "Tokens with ratio > 1 + clip_high and advantage > 0, or ratio < 1 - clip_low and advantage < 0 / trained tokens.",
+            "Tokens with ratio > 1 + clip_high and advantage > 0, or ratio < 1 - clip_low and advantage < 0 / trained tokens; left out of a step without a live group.",
             "Share of tokens whose ratio is clipped; zero with one update for each rollout.",
             "Above 0.2: too many updates for each rollout, or too high a rate."),
         "rl/ratio_mean": Metric(
@@ -430,65 +430,6 @@ SECTIONS: dict[str, dict[str, Metric]] = {
 
 METRICS: dict[str, Metric] = {
     name: metric for section in SECTIONS.values() for name, metric in section.items()
-}
-
-
-@dataclass(frozen=True, slots=True)
-class Panel:
-    """One chart: its title and the curves in it."""
-
-    title: str
-    metrics: tuple[str, ...]
-    kind: str = "line"  # line, bar, histogram, media or table
-
-
-DASHBOARDS: dict[str, tuple[Panel, ...]] = {
-    "KL Telemetry": (
-        Panel("KL of the letters", ("rl/kl_letter_mean", "rl/kl_letter_std")),
-        Panel("KL per token", ("rl/kl_sequence_mean", "rl/kl_sequence_k1_mean")),
-        Panel("KL of the letters by question", ("rl/kl_letter_hist",), "histogram"),
-        Panel("KL by completion", ("rl/kl_sequence_hist",), "histogram"),
-        Panel("Accuracy against validation", ("rl/acc", "eval/aqua_dev_acc", "eval/synthetic_dev_acc")),
-        Panel("Entropy of the policy", ("rl/token_entropy",)),
-    ),
-    "Answer Confidence": (
-        Panel("Margin between the two best letters", ("rl/letter_margin_mean", "rl/letter_margin_std")),
-        Panel("Probability of the right letter", ("rl/letter_prob_gold_mean",)),
-        Panel("Margin by question", ("rl/letter_margin_hist",), "histogram"),
-        Panel("Completions without an answer line", ("rl/answer_appended_rate",)),
-        Panel("Hardest questions", ("rl/hardest",), "table"),
-    ),
-    "Letters": (
-        Panel("Predicted letters", tuple(f"rl/letter_pred_counts/{letter}" for letter in "ABCDE")),
-        Panel("Right letters", tuple(f"rl/gold_counts/{letter}" for letter in "ABCDE")),
-        Panel("Evenness of the predicted letters", ("rl/letter_pred_entropy",)),
-        Panel("Same option in all orders", ("eval/rotation_consistency",)),
-    ),
-    "Attention": (
-        Panel("Entropy", ("attn/entropy_mean",)),
-        Panel("Entropy by layer", ("attn/entropy_layer/*",)),
-        Panel("Mass on the first token", ("attn/bos_mass",)),
-        Panel("Mass on the options", ("attn/option_mass/*", "attn/gold_option_mass")),
-        Panel("Distance", ("attn/mean_distance",)),
-        Panel("Right letter after each layer", ("attn/logit_lens_gold_prob/*",)),
-        Panel("Maps", tuple(f"attn/map/{layer}" for layer in range(24)), "media"),
-    ),
-    "Rollouts": (
-        Panel("Accuracy and reward", ("rl/acc", "rl/mean_reward", "rl/format_rate")),
-        Panel("Groups", ("rl/frac_groups_all_right", "rl/frac_groups_all_wrong")),
-        Panel(
-            "Length",
-            ("rl/avg_completion_len", "rl/completion_len_solved", "rl/completion_len_unsolved"),
-        ),
-        Panel("Cut at the limit", ("rl/truncated_rate",)),
-        Panel(
-            "Sampler against trainer",
-            ("rl/sampler_trainer_logp_diff_mean", "rl/sampler_trainer_logp_diff_max"),
-        ),
-        Panel("Gradient and update", ("train/grad_norm", "train/update_norm")),
-        Panel("Seconds of a step", ("time/rollout_seconds", "time/train_seconds", "time/telemetry_seconds")),
-        Panel("Samples", ("rl/samples",), "table"),
-    ),
 }
 
 

@@ -13,6 +13,7 @@ deleted there for it; here a stage that is missing, still running or failed cost
 from __future__ import annotations
 
 import argparse
+import re
 import shutil
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -25,7 +26,7 @@ from nanochat.figures import learning_curves, panels_of
 from nanochat.metrics import describe
 from nanochat.rl_gain import gain_table, load_gain, tasks_asked
 from nanochat.run_files import read_lines, run_dir
-from nanochat.run_record import TITLES, RunRecord, StageRecord, load_run, run_names
+from nanochat.run_record import CONTROLS, TITLES, RunRecord, StageRecord, load_run, run_names
 
 FIGURES = "report_figures"  # beside report.md, so that the same text works in both places
 COLUMNS = ("base", "mid", "sft", "rl")
@@ -41,7 +42,7 @@ def generate(run: RunRecord, folder: Path) -> str:
     for stage in run.stages.values():
         figure = folder / FIGURES / f"{stage.name}.png"
         drawn = learning_curves(stage.name, stage.metrics, figure, levels=levels(run, stage))
-        slug = stage.title.lower().replace(" ", "-")
+        slug = re.sub(r"\W+", "-", stage.title.lower())
         sections[slug] = stage_section(stage, f"{FIGURES}/{stage.name}.png" if drawn else None)
     sections["samples"] = samples_section(run)
     sections["time"] = time_section(run)
@@ -186,8 +187,8 @@ def stage_section(stage: StageRecord, figure: str | None) -> str:
 
 
 def samples_section(run: RunRecord) -> str:
-    """A few answers of the last stage that recorded any, right and wrong ones."""
-    for stage in reversed(list(run.stages.values())):
+    """A few answers of the last stage that recorded any, of a control only where no other did; right and wrong ones."""
+    for stage in sorted(reversed([*run.stages.values()]), key=lambda stage: stage.name in CONTROLS):
         tables = stage.directory / "tables"
         for path in [*sorted(tables.glob("samples/*.jsonl")), tables / "rl" / "samples.jsonl"]:
             rows = read_lines(path)

@@ -6,7 +6,8 @@ and no reference model in the loss: with one update per rollout this is REINFORC
 is left of GRPO (arXiv 2402.03300) when everything that does nothing on policy is taken out.
 
 Randomness is a value here: the order of questions, the order of options, the samples and the random control follow from
-(seed, step, question, sample) and nothing else, so a run resumes exactly and does not depend on the number of ranks.
+(seed, step, question, sample) and nothing else, so a run resumes exactly and does not depend on the number of ranks (with
+dynamic sampling, where each rank refills its own share, it does).
 
 The loss stands in nanochat/policy_gradient.py, the microbatches in nanochat/shared_prefix.py.
 """
@@ -89,7 +90,7 @@ def _permutation(seed: int, epoch: int, num_questions: int) -> tuple[int, ...]:
 
 
 def questions_for_step(seed: int, step: int, num_questions: int, examples_per_step: int) -> list[int]:
-    """The questions of a step: every epoch is a fresh permutation, and a step knows its place without history."""
+    """The questions of a step, the first being 0: every epoch is a fresh permutation, and a step needs no history."""
     if num_questions < 1:
         raise UserError("there are no questions to train on; check --dataset and its path")
     places = range(step * examples_per_step, (step + 1) * examples_per_step)
@@ -104,12 +105,14 @@ def refill_questions(seed: int, step: int, attempt: int, num_questions: int, cou
     return generator.sample(range(num_questions), min(count, num_questions))
 
 
-def rollout_seeds(seed: int, step: int, questions: Sequence[int]) -> list[int]:
-    """One seed per question; where a question stands twice in a step (as epochs meet), the second differs."""
+def rollout_seeds(seed: int, step: int, questions: Sequence[int], *, attempt: int = 0) -> list[int]:
+    """One seed per question; where a question stands twice in a step (as epochs meet, or in a later `attempt` to refill
+    it), the second differs."""
     seen: Counter[int] = Counter()
+    later = (attempt,) if attempt else ()
     seeds = []
     for question in questions:
-        seeds.append(derive_seed("rollout", seed, step, question, seen[question]))
+        seeds.append(derive_seed("rollout", seed, step, question, seen[question], *later))
         seen[question] += 1
     return seeds
 
@@ -303,7 +306,7 @@ def _sums(groups: Sequence[Group]) -> dict[str, float]:
         "live": sum(map(is_live, groups)),
         "reward": math.fsum(e.reward.total for e in episodes),
         "reward_squared": math.fsum(e.reward.total**2 for e in episodes),
-        "formatted": sum(e.reward.format > 0 for e in episodes),
+        "formatted": sum(e.letter is not None for e in episodes),  # not by its pay, which may be set to 0
         "tokens": sum(e.num_tokens for e in episodes),
         "tokens_solved": sum(e.num_tokens for e in episodes if e.reward.correct),
         "truncated": sum(e.completion.truncated for e in episodes),

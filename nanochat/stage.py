@@ -40,9 +40,10 @@ from nanochat.train import NonFiniteGuard, Step, peak_flops
 
 # Flags that change what is seen of a run, or how it is cut up, but not what it learns.
 OPERATIONAL = {
-    "run", "model_tag", "device_type", "dtype", "wandb_project", "wandb_entity", "device_batch_size", "eval_every",
-    "eval_examples", "eval_tokens", "save_every", "keep_last", "log_every", "resume", "step", "save_tag", "label",
-    "compile",
+    "run", "model_tag", "save_tag", "label", "device_type", "dtype", "compile", "device_batch_size",
+    "wandb_project", "wandb_entity", "wandb_mode", "log_every", "save_every", "keep_last", "resume", "step",
+    "eval_every", "eval_examples", "eval_samples", "eval_tokens",
+    "kl_every", "kl_batch", "kl_mode", "attn_every", "attn_html",
 }  # fmt: skip
 
 
@@ -154,14 +155,20 @@ class Stage:
         """Whether a checkpoint is due; every rank calls, after every step."""
         return self.saves_at(step.index, last=step.last)
 
-    def saves_at(self, index: int, *, last: bool) -> bool:
-        """Whether a checkpoint is due after step `index`: every so many, at the last, and when the run is to stop."""
+    def saves_at(self, index: int, *, last: bool, best_value: float | None = None) -> bool:
+        """Whether a checkpoint is due after step `index`: every so many, at the last, and when the run is to stop.
+
+        Where checkpoints are wanted between, so is one whose `best_value` is above every validation before it.
+        """
         if self._pending and not self.world.any(not self._pending.writing.done):
             self.settle(index)
         self._last = last
         self._stopping = self.world.any(bool(self.requests.received))
         every = self.config.save_every
-        return last or self._stopping or (every > 0 and index % every == 0)
+        return last or self._stopping or (every > 0 and (index % every == 0 or self._improves(best_value)))
+
+    def _improves(self, value: float | None) -> bool:
+        return value is not None and (self.best is None or value > self.best)
 
     def save(
         self,
@@ -178,7 +185,7 @@ class Stage:
         began = time.perf_counter()
         self._log_held()
         merged = None if data_state is None else merge_states(self.world.gather(data_state))
-        improved = best_value is not None and (self.best is None or best_value > self.best)
+        improved = self._improves(best_value)
         self.best = best_value if improved else self.best
         self.tracker.sync()
         ends = self._stopping or self._last

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from nanochat.accuracy import with_interval
-from nanochat.attention import attention_html, attention_telemetry, heatmap_png
+from nanochat.attention import attention_html, attention_telemetry, heatmap_png, treescope_package
 from nanochat.common import World, derive_seed
 from nanochat.engine import Engine
 from nanochat.evaluate import evaluate_generative, evaluate_letters, evaluate_rotations
@@ -26,6 +26,11 @@ from nanochat.gpt import GPT
 from nanochat.letters import KLMode, letter_telemetry
 from nanochat.rl import Conversation, Episode, Group, RewardTask, rollout, sample_rows
 from nanochat.tracking import Tracker
+
+
+def due(step: int, every: int, num_steps: int) -> bool:
+    """Every so many steps, and at the last; `every` of 0 or less means never."""
+    return every > 0 and (step % every == 0 or step == num_steps)
 
 
 def frozen_copy(model: GPT) -> GPT:
@@ -47,11 +52,41 @@ class Telemetry:
     temperature: float
     max_tokens: int
     seed: int
+    kl_every: int
+    """steps between looks at letters and KL; -1: never"""
+    attn_every: int
+    """and at attention"""
     html: bool = False
     """also write treescope's view of the attention maps"""
 
-    def look(self, step: int, groups: Sequence[Group], *, letters: bool, attention: bool) -> dict[str, Any]:
-        """What is due at `step`, on the main rank; the probe is answered once for both."""
+    @classmethod
+    def of(
+        cls, config: Any, *, engine: Engine, reference: GPT | None, task: Any, tracker: Tracker
+    ) -> Telemetry:
+        """As the flags of the RL stage say, on the first --kl_batch questions of `task`."""
+        if config.attn_html:
+            treescope_package()  # where it is missing that is told now, not at the first look
+        return cls(
+            engine=engine,
+            reference=reference,
+            task=task,
+            probe=[(number, task[number]) for number in range(min(config.kl_batch, len(task)))],
+            tracker=tracker,
+            mode=config.kl_mode,
+            temperature=config.temperature,
+            max_tokens=config.max_new_tokens,
+            seed=config.seed,
+            kl_every=config.kl_every,
+            attn_every=config.attn_every,
+            html=config.attn_html,
+        )
+
+    def look(self, step: int, groups: Sequence[Group], num_steps: int) -> dict[str, Any]:
+        """What is due at `step` and, to compare with, at the first; the probe is answered once for both."""
+        letters, attention = (
+            due(step, every, num_steps) or (step == 1 and every > 0)
+            for every in (self.kl_every, self.attn_every)
+        )
         answers = self.answer_probe() if letters or attention else []
         metrics: dict[str, Any] = {}
         if letters:
@@ -124,6 +159,23 @@ def validation_metrics(
         if hasattr(task, "problem"):
             metrics |= evaluate_rotations(engine, tokenizer, task, world, **settings).metrics()
     return metrics
+
+
+def step_line(step: int, num_steps: int, metrics: dict[str, Any]) -> str:
+    """What a person wants to see of a step."""
+    names = {
+        "rl/acc": "acc",
+        "rl/mean_reward": "reward",
+        "rl/live_groups": "live",
+        "rl/avg_completion_len": "tokens",
+    }
+    shown = [f"{word} {metrics[name]:.3g}" for name, word in names.items() if name in metrics]
+    for name, value in metrics.items():
+        if name.endswith("_dev_acc"):
+            low, high = metrics[f"{name}_low"], metrics[f"{name}_high"]
+            shown.append(f"{name.removeprefix('eval/')} {value:.1%} ({low:.1%} to {high:.1%})")
+    shown += [f"{metrics['time/step_seconds']:.1f} s"] if "time/step_seconds" in metrics else []
+    return f"rl {step:5,}/{num_steps:,} · " + " · ".join(shown)
 
 
 class Clock:

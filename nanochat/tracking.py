@@ -209,7 +209,7 @@ class View:
 
 def open_view(stage: str, record: Row, directory: Path) -> View | None:
     """A W&B run, online or offline, or None when it is not wanted or not installed."""
-    mode = os.environ.get("WANDB_MODE") or "online"
+    mode = record["config"].get("wandb_mode") or os.environ.get("WANDB_MODE") or "online"
     if record["run"] == NO_WANDB or mode == "disabled":
         return None
     try:

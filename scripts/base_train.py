@@ -81,7 +81,8 @@ def main(config: Config) -> None:
     from functools import partial
 
     from nanochat.common import compute_cleanup, compute_init, print0
-    from nanochat.dataloader import InTurn, conversation_batches, document_batches
+    from nanochat.curriculum import InTurn
+    from nanochat.dataloader import conversation_batches, document_batches
     from nanochat.gpt import GPT
     from nanochat.schedule import trapezoid
     from nanochat.stage import open_stage, tell

@@ -61,6 +61,14 @@ class Config(StageConfig):
     aqua_path: str | None = None
     """file or folder of AQuA"""
 
+    def __post_init__(self) -> None:
+        if self.compare and self.num_samples > 1:
+            raise UserError(
+                f"--compare={self.compare} pairs one answer to each question; leave --num_samples={self.num_samples} out"
+            )
+        if self.rotations and not 2 <= self.rotations <= 5:
+            raise UserError(f"--rotations={self.rotations}: five options have 2 to 5 cyclic orders")
+
 
 def main(config: Config) -> None:
     """Evaluate each task, print a block for each, keep everything in the run directory."""
@@ -151,7 +159,9 @@ class Asked:
                 print0(f"{self.config.compare}: {before.describe()}\n{paired.describe()}")
                 results[name] |= {"compared_with": self.config.compare, "before": before.results()}
                 results[name] |= {"gained": paired.gained, "lost": paired.lost, "mcnemar_p": paired.p}
-        if self.config.rotations:
+        if self.config.rotations and not hasattr(task, "problem"):
+            tracker.note("skipped", f"{task.name}: it has no options to turn, so no --rotations")
+        elif self.config.rotations:
             turned = evaluate_rotations(
                 self.engine,
                 self.tokenizer,

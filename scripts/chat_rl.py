@@ -57,7 +57,7 @@ class Config(StageConfig):
     permute_options: bool = True
     """shuffle each question's options, so that no letter is worth more than another"""
     dynamic_sampling: bool = False
-    """draw further questions in place of groups that are all right or all wrong"""
+    """draw further questions in place of groups that are all right or all wrong; each rank for its own share"""
     # reward and objective
     format_reward: float = 0.1
     """for exactly one well-formed answer line"""
@@ -126,7 +126,7 @@ class Config(StageConfig):
     attn_html: bool = False
     """also write attention maps as a page (extra interp)"""
     save_every: int = 60
-    """steps between checkpoints; -1: only the last"""
+    """steps between checkpoints, besides each that validates best so far; -1: only the last"""
     keep_last: int = 2
     """checkpoints that stay on disk besides the best"""
     log_every: int = 1
@@ -166,7 +166,7 @@ class Config(StageConfig):
 def main(config: Config) -> None:
     """Sample, mark, compare, push; watch what it does."""
     from nanochat.checkpoint_manager import load_model
-    from nanochat.checkpoints import best_step, find_tag
+    from nanochat.checkpoints import best_step
     from nanochat.common import compute_cleanup, compute_init, print0
     from nanochat.engine import Engine
     from nanochat.policy_gradient import update_policy
@@ -174,40 +174,25 @@ def main(config: Config) -> None:
     from nanochat.schedule import linear_to_zero
     from nanochat.shared_prefix import tokens_of_rows
     from nanochat.stage import open_stage, tell
-    from nanochat.telemetry import Clock, Telemetry, frozen_copy
+    from nanochat.telemetry import Clock, Telemetry, due, frozen_copy, step_line
     from nanochat.train import compiles
 
     world = compute_init(config.device_type, config.dtype, config.seed)
     objective = config.objective
+    tag, record = names(config)
     policy, tokenizer, parent = load_model(
         config.source, phase="train", world=world, model_tag=config.model_tag, step=config.source_step
     )
-    questions, held_out, notes = open_tasks(config)
-    num_steps = (
-        config.max_steps
-        if config.max_steps >= 0
-        else config.num_epochs * len(questions) // config.examples_per_step
-    )
     reference = frozen_copy(policy) if config.kl_every > 0 or config.kl_coef else None
+    questions, held_out, notes = open_tasks(config)
+    num_steps = count_steps(config, len(questions))
     engine = Engine(policy, tokenizer, compiled=compiles(config.compile, world))
     optimizer = make_rl_optimizer(policy, config, world)
-    control = "random" if config.reward_control == "random" else ""
-    tag = config.save_tag or "-".join(filter(None, [config.model_tag or find_tag(config.source), control]))
-    record = config.label or "_".join(filter(None, ["rl", control]))
     with open_stage("rl", config, world, tag=tag, parent=parent, record=record) as stage:
         tell(stage.tracker, notes)
         stage.restore(policy, optimizer)
-        telemetry = Telemetry(
-            engine=engine,
-            reference=reference,
-            task=held_out,
-            probe=[(number, held_out[number]) for number in range(min(config.kl_batch, len(held_out)))],
-            tracker=stage.tracker,
-            mode=config.kl_mode,
-            temperature=config.temperature,
-            max_tokens=config.max_new_tokens,
-            seed=config.seed,
-            html=config.attn_html,
+        telemetry = Telemetry.of(
+            config, engine=engine, reference=reference, task=held_out, tracker=stage.tracker
         )
         if stage.start == 0 and config.eval_every > 0:
             found = validate(engine, held_out, config, world)
@@ -222,13 +207,8 @@ def main(config: Config) -> None:
             groups = with_advantages(groups, config.advantage)
             metrics: dict[str, Any] = step_metrics(groups, temperature=config.temperature, world=world)
             clock.lap("reward")
-            # Before the update: the step's completions are samples of the policy that is looked at.
-            if world.main:
-                letters, attention = (
-                    due(step, every, num_steps) or (step == 1 and every > 0)  # the start, to compare with
-                    for every in (config.kl_every, config.attn_every)
-                )
-                metrics |= telemetry.look(step, groups, letters=letters, attention=attention)
+            if world.main:  # before the update: the completions are samples of the policy that is looked at
+                metrics |= telemetry.look(step, groups, num_steps)
             clock.lap("telemetry")
             engine.release()
             lr_scale = linear_to_zero(step - 1, num_steps=num_steps)
@@ -258,11 +238,32 @@ def main(config: Config) -> None:
             stage.tracker.log(step, metrics)
             if due(step, config.log_every, num_steps):
                 print0(step_line(step, num_steps, metrics))
-            if stage.saves_at(step, last=step == num_steps):
+            if stage.saves_at(step, last=step == num_steps, best_value=accuracy):
                 stage.save(step, policy, optimizer, best_value=accuracy)
         best = {"best_dev_acc": stage.best, "best_step": best_step("rl", tag)}
         stage.tracker.finish({"steps": num_steps, **best})
     compute_cleanup(world)
+
+
+def names(config: Config) -> tuple[str, str]:
+    """The folder of the checkpoints that are written, and that of the run directory."""
+    from nanochat.checkpoints import find_tag
+
+    control = "random" if config.reward_control == "random" else ""
+    start = config.model_tag or find_tag(config.source)
+    tag = config.save_tag or "-".join(filter(None, [start, control]))
+    if config.source == "rl" and tag == start:
+        raise UserError(
+            f"--source=rl starts from the folder {start} that it would write to; name another with --save_tag"
+        )
+    return tag, config.label or "_".join(filter(None, ["rl", control]))
+
+
+def count_steps(config: Config, num_questions: int) -> int:
+    """Steps that were asked for, or as many as --num_epochs passes over the questions take."""
+    if config.max_steps >= 0:
+        return config.max_steps
+    return max(1, config.num_epochs * num_questions // config.examples_per_step)
 
 
 def open_tasks(config: Config) -> tuple[Any, Any, list[tuple[str, str]]]:
@@ -283,10 +284,10 @@ def sample(engine: Engine, questions: Any, config: Config, world: World, step: i
 
     def draw(attempt: int) -> list[Group]:
         if attempt == 0:
-            numbers = questions_for_step(config.seed, step, len(questions), config.examples_per_step)
+            numbers = questions_for_step(config.seed, step - 1, len(questions), config.examples_per_step)
         else:
             numbers = refill_questions(config.seed, step, attempt, len(questions), config.examples_per_step)
-        seeds = rollout_seeds(config.seed, step, numbers)
+        seeds = rollout_seeds(config.seed, step, numbers, attempt=attempt)
         asked = [
             (number, pose(questions, number, config, step)) for number in numbers[world.rank :: world.size]
         ]
@@ -345,28 +346,6 @@ def make_rl_optimizer(policy: GPT, config: Config, world: World) -> MuonAdamW:
     if config.optimizer == "adamw":
         return make_adamw(policy, lr=config.learning_rate, world=world, weight_decay=config.weight_decay)
     return optimizer_for(policy, config, world)
-
-
-def due(step: int, every: int, num_steps: int) -> bool:
-    """Every so many steps, and at the last."""
-    return every > 0 and (step % every == 0 or step == num_steps)
-
-
-def step_line(step: int, num_steps: int, metrics: dict[str, Any]) -> str:
-    """What a person wants to see of a step."""
-    names = {
-        "rl/acc": "acc",
-        "rl/mean_reward": "reward",
-        "rl/live_groups": "live",
-        "rl/avg_completion_len": "tokens",
-    }
-    shown = [f"{word} {metrics[name]:.3g}" for name, word in names.items() if name in metrics]
-    for name, value in metrics.items():
-        if name.endswith("_dev_acc"):
-            low, high = metrics[f"{name}_low"], metrics[f"{name}_high"]
-            shown.append(f"{name.removeprefix('eval/')} {value:.1%} ({low:.1%} to {high:.1%})")
-    shown += [f"{metrics['time/step_seconds']:.1f} s"] if "time/step_seconds" in metrics else []
-    return f"rl {step:5,}/{num_steps:,} · " + " · ".join(shown)
 
 
 if __name__ == "__main__":

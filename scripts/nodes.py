@@ -125,6 +125,12 @@ def _line(connection: socket.socket) -> str:
 
 def main(argv: list[str]) -> int:
     """Parse, agree, print."""
+    if "--" not in argv[1:]:
+        if {"-h", "--help"} & set(argv):
+            print((__doc__ or "").strip())
+            return 0
+        print("error: -- is missing; write NAME -- VALUE, as --help shows", file=sys.stderr)
+        return 2
     name, split, env = argv[0], argv.index("--"), os.environ
     words, run = argv[split + 1 :], "--run" in argv[1:split]
     rank, size = int(env.get("NODE_RANK", "0")), int(env.get("NNODES", "1"))

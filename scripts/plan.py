@@ -320,8 +320,8 @@ def env_lines() -> str:
 
 def main(argv: list[str]) -> int:
     """Print the plan, the settings or the knobs; one line and exit code 2 for a wrong value."""
-    if "--env" in argv:
-        print(env_lines())
+    if "--env" in argv or {"-h", "--help"} & set(argv):
+        print(env_lines() if "--env" in argv else (__doc__ or "").strip())
         return 0
     try:
         machine = detect(os.environ)

@@ -4,7 +4,7 @@ Build the Weights & Biases dashboards of a run: KL Telemetry, Answer Confidence,
     python -m scripts.wandb_workspace --entity ME --project nanochat-aquarat
     python -m scripts.wandb_workspace --dry-run          prints sections and panels as JSON; needs no account, no package
 
-The dashboards are data: nanochat/metrics.py, where each curve also has a sentence on what a healthy one looks like.
+The dashboards are data: nanochat/dashboards.py; nanochat/metrics.py has a sentence on what a healthy curve looks like.
 Saving needs the package wandb-workspaces (`uv sync --inexact --extra workspace`) and a key.
 """
 
@@ -17,7 +17,8 @@ from typing import Any
 
 from nanochat.common import UserError
 from nanochat.config import cli
-from nanochat.metrics import DASHBOARDS, Panel, describe
+from nanochat.dashboards import DASHBOARDS, Panel
+from nanochat.metrics import describe
 from nanochat.tracking import DEFAULT_PROJECT
 
 STEP = "rl/step"

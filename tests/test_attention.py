@@ -195,7 +195,7 @@ def test_without_treescope_the_error_names_the_cure(monkeypatch: pytest.MonkeyPa
         return real(name, *args, **kwargs)  # type: ignore[arg-type]
 
     monkeypatch.setattr(builtins, "__import__", refuse)
-    with pytest.raises(UserError, match="uv sync --extra interp"):
+    with pytest.raises(UserError, match="uv sync --inexact --extra interp"):
         attention_html({0: np.zeros((1, 2, 2))}, ["a", "b"])
 
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import time
 
 import pytest
 
-from benchmarks import growth, rl_step, startup
+from benchmarks import growth, rl_sides, rl_step, startup
 from nanochat.common import UserError
+from nanochat.rl import is_live
 
 SMALL = rl_step.Config(
     depths="2",
@@ -24,7 +26,7 @@ SMALL = rl_step.Config(
 
 
 def test_a_phase_within_another_stops_the_outer_clock() -> None:
-    watch = rl_step.Watch()
+    watch = rl_sides.Watch()
     with watch.phase("reward"):
         watch.timing("rollout", time.sleep)(0.05)
     assert watch.seconds["rollout"] >= 0.05
@@ -33,8 +35,8 @@ def test_a_phase_within_another_stops_the_outer_clock() -> None:
 
 @pytest.mark.parametrize("stop_chance", [0.0, 0.2])
 def test_both_sides_of_the_rl_step_learn_the_same(stop_chance: float) -> None:
-    bench = rl_step.Bench.open(rl_step.dataclasses.replace(SMALL, stop_chance=stop_chance))
-    sides = {name: rl_step.make_side(name, bench, 2) for name in rl_step.SIDES}
+    bench = rl_sides.Bench.open(dataclasses.replace(SMALL, stop_chance=stop_chance))
+    sides = {name: rl_sides.make_side(name, bench, 2) for name in rl_sides.SIDES}
     rl_step.check_agreement(sides, 1e-3)
     groups = sides["ours"].sample(1)
     shorter = [group[:2] for group in groups]
@@ -43,8 +45,8 @@ def test_both_sides_of_the_rl_step_learn_the_same(stop_chance: float) -> None:
 
 
 def test_dead_questions_are_dead_and_the_others_mostly_live() -> None:
-    bench = rl_step.Bench.open(rl_step.dataclasses.replace(SMALL, samples=16, dead=1 / 3))
-    live = [rl_step.is_live(group) for group in rl_step.Ours(bench, 2).sample(0)]
+    bench = rl_sides.Bench.open(dataclasses.replace(SMALL, samples=16, dead=1 / 3))
+    live = [is_live(group) for group in rl_sides.Ours(bench, 2).sample(0)]
     assert live[-1] is False and any(live[:-1])
 
 
@@ -56,7 +58,7 @@ def test_the_rl_step_prints_a_row_for_each_side_and_one_line_of_json(
     ours, reference = found["results"]
     assert (ours["side"], reference["side"], reference["ratio"]) == ("ours", "reference", 1.0)
     assert ours["tokens"] == reference["tokens"] == pytest.approx(3 * 4 * 6)
-    assert sum(ours[phase] for phase in rl_step.PHASES) == pytest.approx(ours["seconds"])
+    assert sum(ours[phase] for phase in rl_sides.PHASES) == pytest.approx(ours["seconds"])
 
 
 def test_every_script_with_a_command_line_is_timed() -> None:

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from packing_fakes import END, Bytes, Ranked, same, texts_of, world
 
 from nanochat.common import UserError, World
-from nanochat.dataloader import Batch, InTurn, conversation_batches, document_batches, merge_states
+from nanochat.curriculum import InTurn
+from nanochat.dataloader import Batch, conversation_batches, document_batches, merge_states
 
 
 def chat(question: str, reply: str) -> dict[str, Any]:

@@ -8,9 +8,9 @@ from pathlib import Path
 
 LAYERS = [
     "common config schedule interruption locks",
-    "tokenizer tokenizer_files conversation dataset shards tracking provenance run_files calculator statistics metrics",
+    "tokenizer tokenizer_files conversation dataset shards tracking provenance run_files calculator statistics metrics dashboards",
     "architecture gpt head optim updates execution cloud_http cloud lambda_cloud hyperbolic remote remote_job",
-    "checkpoint_manager checkpoint_writer checkpoints legacy dataloader packing engine decoder rows kv_cache sampling "
+    "checkpoint_manager checkpoint_writer checkpoints legacy dataloader curriculum packing engine decoder rows kv_cache sampling "
     "transcript jobs",
     "train rl policy_gradient shared_prefix letters attention accuracy evaluate core_eval",
     "stage supervised telemetry insight serving",
@@ -36,6 +36,7 @@ TORCH_FREE = {
     "calculator",
     "statistics",
     "metrics",
+    "dashboards",
     "report",
     "cloud",
     "cloud_http",

@@ -123,12 +123,16 @@ def test_the_report_says_whether_rl_helped_and_has_the_controls(base: Path) -> N
     for step in range(3):
         random.log(step, {"rl/acc": 0.2, "rl/mean_reward": 0.3})
     random.finish({})
-    outcomes(write_stage(base, "control_random_reward", results={}), "10000")
+    control = write_stage(base, "control_random_reward", results={})
+    outcomes(control, "10000")
+    control.table("samples/AQUA", 0, [{"question": "Q", "completion": "x", "predicted": None, "gold": "A"}])
     assert report.main(["generate", "r1"]) == 0
     text = Path("report.md").read_text()
     assert "## Does RL help?\n\n### AQUA" in text
     assert "- **RL** against SFT: +20.0 points; 2 gained, 1 lost, McNemar p = 1." in text
     assert "- **control: rewards drawn by lot** against SFT: -20.0 points; 0 gained, 1 lost" in text
+    assert "## Sample answers\n\nChat RL, samples." in text, "not those of a control"
+    assert (base / "report" / "control-rewards-drawn-by-lot.md").is_file()
     assert "## Control, rewards drawn by lot" in text and "](report_figures/rl_random.png)" in text
 
 

@@ -127,7 +127,7 @@ def test_random_rewards_keep_the_marginal_forget_the_answer_and_leave_the_truth(
 def test_step_metrics_of_two_groups_known_by_hand() -> None:
     solved = episode(0, 0, [1], [2, 3], correct=1.0, logprobs=[-1.0, -3.0])
     unsolved = episode(0, 1, [1], [2, 3, 4, 5], truncated=True, logprobs=[-1.0] * 4, mask=[1, 1, 0, 1])
-    unsolved = dataclasses.replace(unsolved, reward=Reward(0.0, 0.0), paid=Reward(0.0, 0.0))
+    unsolved = dataclasses.replace(unsolved, letter=None, reward=Reward(0.0, 0.0), paid=Reward(0.0, 0.0))
     metrics = step_metrics([[solved, unsolved], [unsolved, unsolved]], temperature=0.9, world=ALONE)
     assert metrics["rl/acc"] == 0.25 and metrics["rl/mean_reward"] == pytest.approx(1.1 / 4)
     assert metrics["rl/reward_std"] == pytest.approx(1.1 * math.sqrt(3) / 4)
@@ -185,6 +185,8 @@ def test_the_format_reward_can_be_set() -> None:
         engine, tokenizer, task, [(0, task[0])], num_samples=1, seeds=[1], max_tokens=8, format_reward=0.0
     )
     assert only.reward.format == 0.0
+    metrics = step_metrics([[only]], temperature=1.0, world=ALONE)
+    assert metrics["rl/format_rate"] == 1.0, "it is well-formed, whatever that is paid"
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])

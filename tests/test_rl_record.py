@@ -38,6 +38,7 @@ VALIDATION = [
     f"eval/{name}{end}"
     for name in (
         "synthetic_dev_acc", "letter_acc", "mean_at_k", "maj_at_k", "rotation_consistency",
+        "rotation_acc", "rotation_all_right",
         *(f"pass_at_{k}" for k in range(1, 4)),
     )
     for end in ("", "_low", "_high")

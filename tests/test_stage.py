@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import signal
@@ -21,8 +22,9 @@ from nanochat.gpt import GPT, GPTConfig
 from nanochat.interruption import Stopped
 from nanochat.optim import make_optimizer
 from nanochat.schedule import trapezoid
-from nanochat.stage import Stage, open_stage
+from nanochat.stage import Stage, identity, open_stage
 from nanochat.train import next_token_loss, train_steps
+from scripts.chat_rl import Config
 from tests.gloo import run_ranks, single
 
 STEPS = 5
@@ -180,3 +182,26 @@ def test_two_stages_cannot_hold_one_folder(tmp_path: Path, monkeypatch: pytest.M
             pass
         with open_stage("base", other_run, single(), tag="u"):
             pass
+
+
+def test_a_checkpoint_that_validates_best_is_saved_between_and_only_where_some_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
+    values = {1: None, 2: 0.3, 3: 0.2, 4: 0.3, 5: 0.5, 6: None}
+    for every, expected in ((4, [2, 4, 5, 6]), (-1, [6])):
+        with open_stage(
+            "rl", dataclasses.replace(CONFIG, run=f"every{every}", save_every=every), single(), tag=str(every)
+        ) as stage:
+            saved = []
+            for step, value in values.items():
+                if stage.saves_at(step, last=step == 6, best_value=value):
+                    saved.append(step)
+                    stage.best = max(filter(None, (stage.best, value)), default=None)
+        assert saved == expected
+
+
+def test_what_is_only_looked_at_does_not_make_another_run() -> None:
+    one = Config(kl_every=5, attn_every=-1, eval_samples=0)
+    assert identity(one) == identity(dataclasses.replace(one, kl_every=9, attn_html=True, kl_batch=2))
+    assert identity(one) != identity(dataclasses.replace(one, kl_coef=0.1))

@@ -150,6 +150,11 @@ def test_a_finished_stage_does_nothing_and_other_settings_move_the_old_aside(cop
         (["scripts.base_train", "--device_type=cuda"], "--device_type=cuda: this machine has cpu"),
         (["scripts.chat_eval", "-i", "sft", "-a", "AQAU"], "task AQAU is not known"),
         (["scripts.chat_eval", "-i", "sft", "-a", "AQUA"], "none of AQUA can be evaluated"),
+        (
+            ["scripts.chat_eval", "-i", "rl", "--compare=sft", "-n", "4", "-t", "1"],
+            "--compare=sft pairs one answer",
+        ),
+        (["scripts.chat_eval", "-i", "rl", "--rotations=7"], "--rotations=7"),
         (["scripts.chat_rl", "--num_samples=1"], "--num_samples=1"),
         (["scripts.chat_rl", "--temperature=0"], "--temperature=0"),
     ],

@@ -17,7 +17,6 @@ import wandb_file
 
 from nanochat import tracking
 from nanochat.common import UserError
-from nanochat.metrics import DASHBOARDS, METRICS, describe
 from nanochat.provenance import REDACTED, is_secret, redacted
 from nanochat.run_files import Files, Histogram, read_json, read_lines, read_metrics
 
@@ -29,6 +28,7 @@ class Config:
     run: str = "dummy"
     wandb_project: str = ""
     wandb_entity: str = ""
+    wandb_mode: str = ""
     max_new_tokens: int = 64
     api_key: str = ""
 
@@ -274,6 +274,14 @@ def test_an_offline_wandb_run_can_be_read_back(base: Path) -> None:
     assert record.run_id == read_json(base / "runs" / "watched" / "rl" / "config.json")["wandb_id"]
 
 
+def test_the_flag_for_the_mode_goes_before_the_environment(base: Path) -> None:
+    pytest.importorskip("wandb")
+    flagged = SCRIPT.replace('"quality"', '"quality", wandb_mode="offline"')
+    done = run_script(flagged, base, WANDB_MODE="disabled")
+    assert done.returncode == 0 and "warning" not in done.stderr, done.stderr
+    assert wandb_file.history(offline_file(base))
+
+
 def test_without_a_key_the_run_is_offline_with_one_warning(base: Path) -> None:
     pytest.importorskip("wandb")
     done = run_script(SCRIPT, base)
@@ -352,20 +360,6 @@ def test_a_key_is_found_where_wandb_finds_it(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
     assert tracking.has_key("https://api.wandb.ai")
     assert not tracking.has_key("https://other.host")
-
-
-def test_every_curve_of_a_dashboard_is_described() -> None:
-    names = {
-        name
-        for panels in DASHBOARDS.values()
-        for panel in panels
-        if panel.kind in ("line", "histogram")
-        for name in panel.metrics
-    }
-    assert [name for name in names if not describe(name)] == []
-    assert all(metric.healthy.endswith(".") for metric in METRICS.values())
-    assert describe("attn/entropy_layer/7") == METRICS["attn/entropy_layer/*"].healthy
-    assert describe("nothing/such") == ""
 
 
 def test_a_histogram_counts_finite_values() -> None:
