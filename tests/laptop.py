@@ -44,7 +44,7 @@ class Laptop:
     def run(self, *words: str, program: str = "", **more: str) -> subprocess.CompletedProcess[str]:
         done = subprocess.run(
             fast_python(program or self.program, *words),
-            cwd=ROOT, env=self.environment(**more), capture_output=True, text=True, timeout=120,
+            cwd=ROOT, env=self.environment(**more), capture_output=True, text=True, timeout=600,
         )  # fmt: skip
         for text in (done.stdout, done.stderr):
             assert not [secret for secret in self.hidden if secret in text]
@@ -64,7 +64,7 @@ class Laptop:
             if "launched" in line:
                 break
         running.terminate()
-        _, rest = running.communicate(timeout=60)
+        _, rest = running.communicate(timeout=600)
         return running.returncode, rest
 
 

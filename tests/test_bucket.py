@@ -163,7 +163,7 @@ def test_the_shell_command_uploads_for_real_and_ends_the_machine_through_the_api
         }
         words = ["--run-name", "r1", "--exclude-data", "--yes", "--auto-terminate", machine]
         done = subprocess.run(
-            ["bash", "scripts/upload_to_gcs.sh", *words], cwd=ROOT, env=env, capture_output=True, text=True, timeout=120
+            ["bash", "scripts/upload_to_gcs.sh", *words], cwd=ROOT, env=env, capture_output=True, text=True, timeout=300
         )  # fmt: skip
         assert done.returncode == 0, done.stderr
         assert f"run r1 is whole in gs://b: {len(FILES) - 1} files sent" in done.stdout
@@ -191,7 +191,7 @@ def test_a_dry_run_needs_neither_network_nor_package(base: Path, tmp_path: Path)
         "--dry-run",
         "--exclude-data",
     ]
-    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert "chatrl_checkpoints/d2/model_000003.pt" in done.stdout and "nothing was sent" in done.stdout
     assert "aqua" not in done.stdout

@@ -123,7 +123,7 @@ def test_logs_follow_a_run_while_it_runs(tmp_path: Path, laptop: Laptop, side: O
     assert following.stdout.readline() == "first\n"
     assert not (side.checkout / ".nanochat-job" / "status").exists(), "it comes while the run runs"
     (side.checkout / "go").touch()
-    rest, _ = following.communicate(timeout=60)
+    rest, _ = following.communicate(timeout=600)
     assert rest == "second\n== ended with exit code 4\n" and following.returncode == 0
     assert laptop.run("--terminate").returncode == 0
 
@@ -156,7 +156,7 @@ def test_whoever_stops_watching_is_told_that_it_costs_money(tmp_path: Path, lapt
         if line.startswith("end it"):
             break
     running.terminate()
-    _, rest = running.communicate(timeout=60)
+    _, rest = running.communicate(timeout=600)
     (machine,) = fake.running
     assert running.returncode == 143 and "the run goes on and costs money" in rest
     assert f"--attach={machine} --terminate-when-done" in rest

@@ -100,7 +100,7 @@ def exports(text: str, folder: Path) -> subprocess.CompletedProcess[str]:
     script += "python -c 'import json, os; print(json.dumps(dict(os.environ)))'"
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     return subprocess.run(
-        ["bash", "-c", script], env={"PATH": path, "LANG": "C.UTF-8"}, cwd=folder, capture_output=True, text=True, timeout=60
+        ["bash", "-c", script], env={"PATH": path, "LANG": "C.UTF-8"}, cwd=folder, capture_output=True, text=True, timeout=300
     )  # fmt: skip
 
 
@@ -114,7 +114,11 @@ lines = st.lists(
 )
 
 
-@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=15,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
 @given(lines=lines)
 def test_any_dotenv_is_read_as_data_and_runs_nothing(
     lines: list[tuple[str, list[str]]], tmp_path: Path

@@ -243,14 +243,14 @@ def test_curl_sees_tokens_as_they_come(url: str) -> None:
     words = ["curl", "-sN", f"{url}/v1/chat/completions", "-H", "Content-Type: application/json"]
     body = {"messages": HELLO, "stream": True}
     said = subprocess.run(
-        [*words, "-d", json.dumps(body)], capture_output=True, text=True, timeout=60, check=True
+        [*words, "-d", json.dumps(body)], capture_output=True, text=True, timeout=300, check=True
     ).stdout
     lines = [line for line in said.split("\n") if line]
     assert all(line.startswith("data: ") for line in lines) and lines[-1] == "data: [DONE]"
     chunks = [json.loads(line[6:]) for line in lines[:-1]]
     assert "".join(chunk["choices"][0]["delta"].get("content", "") for chunk in chunks) == HI
     health = subprocess.run(
-        ["curl", "-s", f"{url}/health"], capture_output=True, text=True, timeout=60, check=True
+        ["curl", "-s", f"{url}/health"], capture_output=True, text=True, timeout=300, check=True
     )
     assert json.loads(health.stdout) == {"status": "ok", "ready": True, "num_gpus": 1, "available_workers": 1}
 
