@@ -18,11 +18,12 @@ echo "# report" >"$NANOCHAT_BASE_DIR/report/report.md"
 echo weights >"$NANOCHAT_BASE_DIR/chatrl_checkpoints/d2/model_000003.pt"
 echo optim >"$NANOCHAT_BASE_DIR/chatrl_checkpoints/d2/optim_000003_rank0.pt"
 echo shard >"$NANOCHAT_BASE_DIR/base_data/shard_00000.parquet"
-sleep 3
+until [ -e "$HOME/go" ]; do sleep 0.05; done  # see NVIDIA_GOES
 echo "the end"
 """
-BAD = "echo 'it starts'; echo 'CUDA error: no'; exit 7\n"
-LONG = "echo 'the driver runs'; sleep 60\n"
+# Its last words are no whole line, so at no moment does it look like a run that has started and goes on.
+BAD = "printf 'CUDA error: no'; exit 7\n"
+LONG = "echo 'the driver runs'; sleep 600\n"
 
 
 class Laptop:
@@ -61,7 +62,7 @@ class Laptop:
         )
         assert running.stderr is not None
         for line in running.stderr:
-            if "launched" in line:
+            if ": launched " in line:
                 break
         running.terminate()
         _, rest = running.communicate(timeout=600)

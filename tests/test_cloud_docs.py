@@ -146,6 +146,7 @@ def test_lambda_step_by_step(tmp_path: Path, laptop: tuple[Laptop, FakeLambda], 
     )
     run_as_written(user, again, *starting(tmp_path, GOOD))
     assert "GPU NVIDIA A10" in run_as_written(user, status).stdout
+    (side.home / "go").touch()
     assert "== ended with exit code 0" in run_as_written(user, logs).stdout
     assert "fetched to" in run_as_written(user, fetch).stderr
     run_as_written(user, terminate)
