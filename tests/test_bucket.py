@@ -132,6 +132,18 @@ def test_a_manifest_cannot_write_outside(base: Path, bucket: Any, tmp_path: Path
         fetch(bucket, "r2", tmp_path / "home")
 
 
+@pytest.mark.parametrize(
+    "record",
+    [[], {"files": {}}, {"format": bucket_module.FORMAT}, {"format": bucket_module.FORMAT, "files": {"x": {"bytes": 1}}},
+     {"format": bucket_module.FORMAT, "files": {"": {"bytes": 1, "sha256": "0"}}}],
+    ids=["no record", "no format", "no files", "no hash", "no name"],
+)  # fmt: skip
+def test_a_damaged_manifest_is_one_line(bucket: Any, tmp_path: Path, record: Any) -> None:
+    bucket.blob("runs/r2/manifest.json").upload_from_string(json.dumps(record))
+    with pytest.raises(UserError, match="the manifest of run r2"):
+        fetch(bucket, "r2", tmp_path / "home")
+
+
 def test_the_commands(base: Path, bucket: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     upload_to_gcs.main(upload_to_gcs.Config(bucket="gs://b", run_name="r1", exclude_data=True, yes=True))
     assert "run r1 is whole in gs://b: 9 files sent, 0 were there already" in capsys.readouterr().out
