@@ -196,6 +196,23 @@ def test_headers_that_do_not_come_end_the_connection(monkeypatch: pytest.MonkeyP
             assert got.count(b"HTTP/1.1 200") == bool(before)
 
 
+def test_small_writes_are_sent_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A token that waits for the client's word on the one before comes 40 ms late."""
+    seen: list[int] = []
+    watch = PatientProtocol._watch
+
+    def look(self: PatientProtocol) -> None:
+        seen.append(
+            self.transport.get_extra_info("socket").getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+        )
+        watch(self)
+
+    monkeypatch.setattr(PatientProtocol, "_watch", look)
+    with serving(make_host(model=small_talk())) as url:
+        http.get(f"{url}/health")
+    assert seen and all(seen)
+
+
 def test_an_answer_may_take_longer_than_its_headers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(PatientProtocol, "header_seconds", 1.5)
     with serving(make_host(model=endless_model(pause=0.2))) as url:
