@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,9 @@ settings.register_profile(
     suppress_health_check=[HealthCheck.too_slow, *settings().suppress_health_check],
 )
 settings.load_profile("patient")
+
+# W&B's helper process has 30 s to start, after which a run goes on without it: as it should, but not in tests.
+os.environ.setdefault("WANDB__SERVICE_WAIT", "300")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -81,6 +81,7 @@ def test_every_spelling_is_understood(line: str, expected: dict[str, object]) ->
         ("--depth --lr 1", ["--depth", "needs a value"]),
         ("--optimizer=sgd", ["--optimizer=sgd", "adamw or muon"]),
         ("--lr=fast", ["--lr=fast", "number"]),
+        ("--lr=nan", ["--lr=nan", "number"]),
         ("--resume=maybe", ["--resume=maybe", "switch"]),
         ("--depth=0", ["--depth=0", "at least one layer"]),
         ("depth=3", ["depth=3", "flag"]),

@@ -171,6 +171,14 @@ def held(self, step, *rest):
 Stage.report = held
 base_train.main(cli(base_train.Config))
 """
+IMPATIENT = """
+from nanochat import locks
+from nanochat.config import cli
+from scripts import base_train
+
+locks.PATIENCE_SECONDS = 0.5
+base_train.main(cli(base_train.Config))
+"""
 FAILING = """
 import os
 from nanochat.config import cli
@@ -217,7 +225,8 @@ def test_one_rank_alone_is_guarded_stops_with_75_and_goes_on_with_two(
     process = begin(home, 1, held)
     until(process, "base     1/16")
     os.kill(process.pid, signal.SIGSTOP)  # so that it is still there when the second one comes
-    second = begin(home, 1)
+    (tmp_path / "impatient.py").write_text(IMPATIENT)
+    second = begin(home, 1, ["impatient", *BASE[1:]])
     printed = finished(second, 1)
     assert f"error: base d2 is in use by process {process.pid} on" in printed and "Traceback" not in printed
     os.kill(process.pid, signal.SIGCONT)

@@ -32,7 +32,7 @@ DESKTOP, PHONE = {"width": 1280, "height": 860}, {"width": 390, "height": 844}
 def browser() -> Iterator[Any]:
     rootless = ["--no-sandbox"] if os.geteuid() == 0 else []  # Chromium's sandbox refuses to run as root
     with sync_api.sync_playwright() as playwright:
-        chromium = playwright.chromium.launch(executable_path=CHROMIUM, args=rootless)
+        chromium = playwright.chromium.launch(executable_path=CHROMIUM, args=rootless, timeout=SECONDS)
         yield chromium
         chromium.close()
 
