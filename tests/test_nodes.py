@@ -264,6 +264,10 @@ def test_what_sky_yaml_runs_starts_the_driver_on_every_node_and_uploads_once(tmp
         done = bash(task["run"], env, cwd=tmp_path)
         assert done.returncode == 0, done.stderr
         said.append(done.stdout.splitlines())
+    (tmp_path / "run_aquarat_small.sh").write_text("exit 7\n")
+    assert bash(task["run"], env | {"BUCKET": "gs://b"}, cwd=tmp_path).returncode == 7, (
+        "not hidden by the upload"
+    )
     upload = "upload --bucket gs://b --run-name aquarat-small --yes"
     assert said == [["driver 2 0 10.0.0.1", upload], ["driver 2 1 10.0.0.1"], ["driver 2 0 10.0.0.1"]]
 
