@@ -137,10 +137,10 @@ def serve(config: Config, listening: socket.socket) -> None:
     """Run the server in this process until it is ended."""
     import uvicorn
 
+    from nanochat.listening import server_settings
     from nanochat.web import create_app
 
-    app = create_app(make_host(config))
-    uvicorn.Server(uvicorn.Config(app, log_level="warning", access_log=False)).run(sockets=[listening])
+    uvicorn.Server(server_settings(create_app(make_host(config)))).run(sockets=[listening])
 
 
 # ---- the clients ----------------------------------------------------------------------------------------------------

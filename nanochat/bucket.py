@@ -156,13 +156,19 @@ def read_manifest(bucket: Any, run: str) -> dict[str, dict[str, Any]]:
         ) from None
     except ValueError:
         raise UserError(f"the manifest of run {run} is damaged; upload the run again") from None
+    record = record if isinstance(record, dict) else {}
     if record.get("format") != FORMAT:
         raise UserError(f"the manifest of run {run} is of format {record.get('format')!r}, not {FORMAT}")
-    for name in record["files"]:
+    files = record.get("files")
+    for name, entry in files.items() if isinstance(files, dict) else [("no files", None)]:
         parts = PurePosixPath(name)
         if parts.is_absolute() or ".." in parts.parts or "\\" in name:
             raise UserError(f"the manifest of run {run} names {name}, which lies outside the run")
-    return dict(record["files"])
+        entry = entry if isinstance(entry, dict) else {}
+        if not (parts.parts and isinstance(entry.get("bytes"), int) and isinstance(entry.get("sha256"), str)):
+            raise UserError(f"the manifest of run {run} is damaged at {name}; upload the run again")
+    assert isinstance(files, dict)
+    return files
 
 
 def fetch(bucket: Any, run: str, folder: Path, *, prefixes: tuple[str, ...] = ()) -> tuple[int, int]:

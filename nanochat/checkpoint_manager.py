@@ -75,7 +75,12 @@ class PendingSave:
                 f"checkpoint {self.checkpoint} was not saved, those before it are whole: {problems[0]}"
             )
         files = {name: entry for entries, _ in outcomes for name, entry in entries.items()}
-        _put_in_place(self.checkpoint, self.writing.paths, self.meta | {"files": files}, self.world)
+        try:
+            _put_in_place(self.checkpoint, self.writing.paths, self.meta | {"files": files}, self.world)
+        except OSError as error:  # the last kilobyte of a disk, say
+            raise UserError(
+                f"checkpoint {self.checkpoint} was not saved, those before it are whole: {error}"
+            ) from None
         if self.world.main:
             folder = self.checkpoint.folder
             if self.best:
@@ -132,7 +137,8 @@ def _put_in_place(checkpoint: Checkpoint, paths: list[Path], meta: dict[str, Any
     if world.main:
         _sync(checkpoint.folder)
         write_atomic(checkpoint.meta_path, json.dumps(meta, indent=2))
-        _sync(checkpoint.folder)
+        for folder in (checkpoint.folder, checkpoint.folder.parent):  # the folder itself may be new
+            _sync(folder)
 
 
 def _sync(folder: Path) -> None:

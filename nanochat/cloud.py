@@ -327,8 +327,7 @@ def rented(
         if keep and instance is not None:
             say(f"{provider.name}: --keep leaves {instance.id} running, and it costs money")
         elif instance is not None or not isinstance(error, (Refused, NoCapacity)):
-            looks = 3 * patience.attempts if unanswered else 1
-            _give_back(provider, order, instance, before, clock, patience, looks)
+            _give_back(provider, order, instance, before, clock, patience, len(unanswered))
         raise
 
 
@@ -339,16 +338,27 @@ def _give_back(
     before: set[str],
     clock: Clock,
     patience: Patience,
-    looks: int,
+    num_unanswered: int,
 ) -> None:
-    """Terminate what the order made: the machine we know, or any that launches without an answer left behind."""
+    """
+    Terminate what the order made: the machine we know, and any that launches without an answer left behind.
+
+    After such launches the account is looked at until as many machines have turned up, since a list can lag behind.
+    """
     ended: set[str] = set()
+    expected = num_unanswered + (instance is not None)
+    # An interrupt may have come while the launch itself was on its way.
+    looks = 3 * patience.attempts if num_unanswered else 1 if instance else patience.attempts
+    if looks > 1:
+        say(f"{provider.name}: looking for what a launch without an answer may have left behind")
     for look in range(looks):
         if look:
             clock.sleep(patience.wait_seconds(look))
         ids = {instance.id} if instance else set()
         try:
-            ids |= {i.id for i in of_order(provider, order, before)}
+            # Without tags a machine that somebody else has just rented looks like ours: only where one is missing.
+            if provider.tags or len(ids | ended) < max(expected, 1):
+                ids |= {i.id for i in of_order(provider, order, before)}
         except CloudError as error:
             say(f"{provider.name}: {error}; look at the account's page for {order.name}")
         for instance_id in sorted(ids - ended):
@@ -360,6 +370,8 @@ def _give_back(
             ) as error:  # the first error is the one to raise; this one must be read all the same
                 say(f"error: {error}")
             ended.add(instance_id)
+        if len(ended) >= max(expected, 1):
+            return
 
 
 def end_twins(provider: Provider, instance: Instance, *, clock: Clock = REAL_CLOCK) -> None:

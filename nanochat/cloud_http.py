@@ -225,8 +225,8 @@ def dollars(cents: int) -> str:
 
 def cents(amount: float, flag: str) -> int:
     """Dollars that a user typed as integer cents."""
-    if amount < 0:
+    if not 0 <= amount < 1e6:
         raise UserError(
-            f"{flag}={amount:g}: a price is not negative; write dollars per hour, such as {flag}=3.50"
+            f"{flag}={amount:g}: a price is a number and not negative; write dollars per hour, such as {flag}=3.50"
         )
     return round(amount * 100)

@@ -204,7 +204,10 @@ def _convert(spelled: str, value: str, hint: Any) -> Any:
         return value.lower() in TRUE
     wanted = {int: "a whole number; write for example {}=4", float: "a number; write for example {}=0.5"}
     try:
-        return kind(value)
+        number = kind(value)
+        if number != number:  # nan is a float that passes every check that a limit makes
+            raise ValueError
+        return number
     except ValueError:
         raise UserError(f"{spelled}={value} is not {wanted[kind].format(spelled)}") from None
 

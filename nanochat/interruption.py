@@ -24,6 +24,7 @@ from nanochat.common import UserError, print0
 
 EXIT_STOPPED = 75
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
+REFUSALS = 4
 
 
 class Stopped(SystemExit):
@@ -102,12 +103,15 @@ def check_launcher(*, patience_seconds: float = 20.0) -> None:
         return
     address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     deadline = time.monotonic() + patience_seconds
+    refusals = 0
     while True:
         try:
             socket.create_connection(address, timeout=patience_seconds).close()
             return
         except OSError as error:
-            if time.monotonic() > deadline:
+            # Its store was there before it started us: a host that is up and refuses has lost it for good.
+            refusals = refusals + 1 if isinstance(error, ConnectionRefusedError) else 0
+            if time.monotonic() > deadline or refusals >= REFUSALS:
                 raise UserError(
                     f"torchrun, which launched this rank, does not answer at {address[0]}:{address[1]} ({error}); "
                     "it was killed, or another node cannot be reached; start the job again"

@@ -9,13 +9,15 @@ An instance's record holds its Jupyter token, so records are read field by field
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from nanochat.cloud import ACTIVE, FAILED, GONE, STARTING, TAG_KEY, Instance, Offer, Order
 from nanochat.cloud_http import (
     PATIENCE,
     REAL_CLOCK,
+    Ambiguous,
     Client,
     Clock,
     CloudError,
@@ -89,11 +91,14 @@ class LambdaCloud:
     def offers(self) -> list[Offer]:
         """Every instance type with its price and the regions that have one free."""
         types = self._get("/instance-types")
-        return [_offer(entry) for _, entry in sorted(types.items())]
+        with _as_documented():
+            return [_offer(entry) for _, entry in sorted(types.items())]
 
     def ssh_key_names(self) -> list[str]:
         """The SSH keys that the account knows."""
-        return [str(key["name"]) for key in self._get("/ssh-keys")]
+        keys = self._get("/ssh-keys")
+        with _as_documented():
+            return [str(key["name"]) for key in keys]
 
     def launch(self, order: Order) -> str:
         """One machine, one key, one request."""
@@ -113,16 +118,23 @@ class LambdaCloud:
         if order.image_id or order.image_family:
             body["image"] = {"id": order.image_id} if order.image_id else {"family": order.image_family}
         self._keep_launch_pace()
-        ids = self._data(self._client.call("POST", "/api/v1/instance-operations/launch", body, once=True))
-        return str(ids["instance_ids"][0])
+        answer = self._client.call("POST", "/api/v1/instance-operations/launch", body, once=True)
+        try:
+            return str(answer["data"]["instance_ids"][0])
+        except (KeyError, TypeError, IndexError):
+            raise Ambiguous("Lambda accepted the launch and named no machine", "no-id") from None
 
     def instances(self) -> list[Instance]:
         """Every machine of the account."""
-        return [_instance(entry) for entry in self._get("/instances")]
+        entries = self._get("/instances")
+        with _as_documented():
+            return [_instance(entry) for entry in entries]
 
     def status(self, instance_id: str) -> Instance:
         """One machine. Raises Missing for an unknown id."""
-        return _instance(self._get(f"/instances/{instance_id}"))
+        entry = self._get(f"/instances/{instance_id}")
+        with _as_documented():
+            return _instance(entry)
 
     def terminate(self, instance_id: str) -> None:
         """End it, and the bill."""
@@ -143,6 +155,18 @@ class LambdaCloud:
         if not isinstance(answer, dict) or "data" not in answer:
             raise CloudError("Lambda's answer has no 'data'; is LAMBDA_API_BASE right?")
         return answer["data"]
+
+
+@contextmanager
+def _as_documented() -> Iterator[None]:
+    """Turn a record that lacks something into a CloudError: whoever gives a machine back must be able to go on."""
+    try:
+        yield
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise CloudError(
+            f"Lambda's answer is not as its contract has it ({type(error).__name__}: {error}); update this program, or "
+            "look at https://cloud.lambda.ai/instances"
+        ) from None
 
 
 def classify(reply: Reply) -> CloudError:

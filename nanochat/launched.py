@@ -195,7 +195,7 @@ def launch_and_watch(launcher: Launcher, order: Order, choose: Choose, command: 
     if isinstance(made, Instance):
         print(f"{made}\nnot waited for (--skip-wait); it costs money until: {command} --terminate={made.id}")
         return 0
-    print(
+    told = (
         f"machine    {made.instance_id}\n"
         f"ssh        {made.command()}\n"
         f"log        {command} --logs={made.instance_id}\n"
@@ -203,15 +203,17 @@ def launch_and_watch(launcher: Launcher, order: Order, choose: Choose, command: 
         f"end it     {command} --terminate={made.instance_id}"
     )
     if not launcher.config.terminate_when_done:
-        print("It costs money until it is terminated.")
+        print(f"{told}\nIt costs money until it is terminated.")
         return 0
-    return watch(launcher, made, command)
+    return watch(launcher, made, command, told)
 
 
-def watch(launcher: Launcher, remote: Remote, command: str) -> int:
-    """see_through, with a word for whoever ends it early: the run goes on and so does the bill."""
+def watch(launcher: Launcher, remote: Remote, command: str, told: str = "") -> int:
+    """Print `told`, then see_through, with a word for whoever ends it early: the run goes on and so does the bill."""
     try:
         with ending_signals():
+            if told:
+                print(told, flush=True)
             return see_through(launcher, remote)
     except (KeyboardInterrupt, SystemExit) as ended:
         say(

@@ -59,9 +59,7 @@ def linked_files(readme: Path, root: Path) -> tuple[list[Staged], list[str]]:
         resolved = path.resolve()
         if not resolved.is_relative_to(root.resolve()):
             left_out.append(f"{target} leads outside the repository")
-        elif any(
-            part.startswith(".git") or part == ".env" for part in resolved.relative_to(root.resolve()).parts
-        ):
+        elif is_private(resolved, root):
             left_out.append(f"{target} is private")
         elif resolved.is_dir():
             left_out.append(f"{target} is a folder")
@@ -72,8 +70,14 @@ def linked_files(readme: Path, root: Path) -> tuple[list[Staged], list[str]]:
     return files, left_out
 
 
+def is_private(path: Path, root: Path) -> bool:
+    """Whether a file of the repository is git's or holds keys: never part of a release."""
+    parts = path.resolve().relative_to(root.resolve()).parts
+    return any(p.startswith(".git") or (p.startswith(".env") and p != ".env.template") for p in parts)
+
+
 def matching_files(patterns: tuple[str, ...], root: Path) -> list[Staged]:
-    """The files of --extra. Raises UserError for a pattern that matches nothing or leads outside."""
+    """The files of --extra but private ones. Raises UserError for a pattern that matches nothing or leads outside."""
     files = []
     for pattern in patterns:
         if Path(pattern).is_absolute() or ".." in Path(pattern).parts:
@@ -81,10 +85,10 @@ def matching_files(patterns: tuple[str, ...], root: Path) -> list[Staged]:
         found = [
             path
             for path in sorted(root.glob(pattern))
-            if path.is_file() and path.resolve().is_relative_to(root.resolve())
+            if path.is_file() and path.resolve().is_relative_to(root.resolve()) and not is_private(path, root)
         ]
         if not found:
-            raise UserError(f"--extra={pattern} matches no file of the repository")
+            raise UserError(f"--extra={pattern} matches no file of the repository that may be published")
         files += [Staged(path.relative_to(root).as_posix(), path) for path in found]
     return files
 

@@ -108,6 +108,11 @@ class Scheduler:
     def num_rows(self) -> int:
         return len(self._answers)
 
+    @property
+    def load(self) -> int:
+        """Samples that are being made or whose prompts are being read, and jobs in line."""
+        return self.num_waiting + sum(job.num_samples for job in self._entering) + self.num_rows
+
     def submit(self, job: Job) -> None:
         """Put a job in line. Raises Busy when that is full, UserError for a job that no one could serve."""
         if not 1 <= job.num_samples <= self.extent.rows:
@@ -304,9 +309,7 @@ class Pool:
 
     def submit(self, job: Job) -> int:
         """Put the job where there is least to do; the number of that scheduler."""
-        number, scheduler = min(
-            enumerate(self.schedulers), key=lambda pair: pair[1].num_waiting + pair[1].num_rows
-        )
+        number, scheduler = min(enumerate(self.schedulers), key=lambda pair: pair[1].load)
         scheduler.submit(job)
         self._of[job] = scheduler
         return number

@@ -102,7 +102,7 @@ def _inspect(path: Path) -> Shard | str:
             schema, meta = file.schema_arrow, file.metadata
             rows = tuple(meta.row_group(number).num_rows for number in range(meta.num_row_groups))
     except (pa.ArrowException, OSError) as error:
-        return f"torn or not parquet ({str(error).splitlines()[0][:80]})"
+        return f"torn or not parquet ({str(error).partition(chr(10))[0][:80]})"
     if "text" not in schema.names:
         return f"no column named text, but {', '.join(schema.names) or 'none'}"
     kind = schema.field("text").type

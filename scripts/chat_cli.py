@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -39,6 +40,7 @@ HELP = """/clear           begin anew
 \"\"\" on a line of its own begins a message of several lines, and ends it"""
 SETTABLE = ("temperature", "top_k", "max_tokens")
 BAR = 30
+CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # all but tab and line end
 
 
 @dataclass(frozen=True)
@@ -174,7 +176,7 @@ def ask_once(talk: Talk, text: str) -> None:
     asked = talk.read(text)
     talk.history.append({"role": "user", "content": asked.prompt if asked else text})
     for piece in talk.answer():
-        print(piece, end="", flush=True)
+        print(harmless(piece), end="", flush=True)
     print(flush=True)
     if asked:
         print_letters(talk, asked, sys.stderr)
@@ -199,7 +201,7 @@ def reply(talk: Talk, text: str) -> None:
         stopped = False
         try:
             for piece in talk.answer():
-                print(piece, end="", flush=True)
+                print(harmless(piece), end="", flush=True)
         except KeyboardInterrupt:
             stopped = True
             print(dim(" (stopped)"), end="")
@@ -304,6 +306,11 @@ def bar(share: float) -> str:
     """A bar of eighths of a character, `BAR` long for a share of 1."""
     eighths = round(share * BAR * 8)
     return "█" * (eighths // 8) + ("", *"▏▎▍▌▋▊▉")[eighths % 8]
+
+
+def harmless(text: str) -> str:
+    """What a model wrote, without the codes by which text commands a terminal; a pipe gets every character."""
+    return CONTROL.sub("\ufffd", text) if sys.stdout.isatty() else text
 
 
 def dim(text: str) -> str:

@@ -12,6 +12,7 @@ what this run measured. A model that transformers can compute is exported for it
 
 from __future__ import annotations
 
+import glob
 import json
 import os
 import tempfile
@@ -138,7 +139,8 @@ def push(config: Config, folder: Path, names: list[str]) -> str:
             config.repo_id, repo_type=config.repo_type, private=config.private or None, exist_ok=True
         )
         done = hub.upload_folder(
-            repo_id=config.repo_id, repo_type=config.repo_type, folder_path=folder, allow_patterns=names,
+            repo_id=config.repo_id, repo_type=config.repo_type, folder_path=folder,
+            allow_patterns=[glob.escape(name) for name in names],
             commit_message=config.message,
         )  # fmt: skip
     except LocalTokenNotFoundError:

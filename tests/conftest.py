@@ -2,16 +2,30 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import is_hypothesis_test, settings
+from hypothesis import HealthCheck, is_hypothesis_test, settings
 
 INTERNAL = (
     "_hypothesis_internal_use_settings"  # where hypothesis keeps what @settings said; it has no public name
 )
+
+# By default an example that takes 200 ms fails, and so does data that is made slowly: on a crowded machine both say nothing.
+# The rest is what hypothesis chose for this place, continuous integration or not.
+settings.register_profile(
+    "patient",
+    settings(),
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow, *settings().suppress_health_check],
+)
+settings.load_profile("patient")
+
+# W&B's helper process has 30 s to start, after which a run goes on without it: as it should, but not in tests.
+os.environ.setdefault("WANDB__SERVICE_WAIT", "300")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -26,7 +26,7 @@ def _one_rank(rank: int, fn: Callable[..., Any], size: int, folder: str, args: t
     warnings.simplefilter("error")
     torch.set_num_threads(1)
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size)}
-    timeout = timedelta(seconds=60)  # a rank that died must fail the test, not hang it
+    timeout = timedelta(seconds=240)  # a rank that died must fail the test, not hang it
     dist.init_process_group(
         "gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=size, timeout=timeout
     )

@@ -18,11 +18,12 @@ echo "# report" >"$NANOCHAT_BASE_DIR/report/report.md"
 echo weights >"$NANOCHAT_BASE_DIR/chatrl_checkpoints/d2/model_000003.pt"
 echo optim >"$NANOCHAT_BASE_DIR/chatrl_checkpoints/d2/optim_000003_rank0.pt"
 echo shard >"$NANOCHAT_BASE_DIR/base_data/shard_00000.parquet"
-sleep 3
+until [ -e "$HOME/go" ]; do sleep 0.05; done  # see NVIDIA_GOES
 echo "the end"
 """
-BAD = "echo 'it starts'; echo 'CUDA error: no'; exit 7\n"
-LONG = "echo 'the driver runs'; sleep 60\n"
+# Its last words are no whole line, so at no moment does it look like a run that has started and goes on.
+BAD = "printf 'CUDA error: no'; exit 7\n"
+LONG = "echo 'the driver runs'; sleep 600\n"
 
 
 class Laptop:
@@ -44,7 +45,7 @@ class Laptop:
     def run(self, *words: str, program: str = "", **more: str) -> subprocess.CompletedProcess[str]:
         done = subprocess.run(
             fast_python(program or self.program, *words),
-            cwd=ROOT, env=self.environment(**more), capture_output=True, text=True, timeout=120,
+            cwd=ROOT, env=self.environment(**more), capture_output=True, text=True, timeout=600,
         )  # fmt: skip
         for text in (done.stdout, done.stderr):
             assert not [secret for secret in self.hidden if secret in text]
@@ -61,10 +62,10 @@ class Laptop:
         )
         assert running.stderr is not None
         for line in running.stderr:
-            if "launched" in line:
+            if ": launched " in line:
                 break
         running.terminate()
-        _, rest = running.communicate(timeout=60)
+        _, rest = running.communicate(timeout=600)
         return running.returncode, rest
 
 

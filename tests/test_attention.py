@@ -222,9 +222,10 @@ def test_the_html_view_opens_in_headless_chromium_without_a_network_request(tmp_
     rootless = ["--no-sandbox"] if os.geteuid() == 0 else []  # Chromium's sandbox refuses to run as root
     with (
         sync_api.sync_playwright() as playwright,
-        playwright.chromium.launch(executable_path=CHROMIUM, args=rootless) as browser,
+        playwright.chromium.launch(executable_path=CHROMIUM, args=rootless, timeout=120_000) as browser,
     ):
         visit = browser.new_page(viewport={"width": 700, "height": 400})
+        visit.set_default_timeout(120_000)  # milliseconds; a crowded machine is slow
         requests: list[str] = []
         visit.on("request", lambda request: requests.append(request.url))
         visit.goto(file.as_uri())

@@ -7,6 +7,7 @@ import json
 import time
 
 import pytest
+from cloud_fakes import VirtualClock
 
 from benchmarks import growth, rl_sides, rl_step, startup
 from nanochat.common import UserError
@@ -25,12 +26,16 @@ SMALL = rl_step.Config(
 )
 
 
-def test_a_phase_within_another_stops_the_outer_clock() -> None:
+def test_a_phase_within_another_stops_the_outer_clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = VirtualClock()
+    monkeypatch.setattr(time, "perf_counter", clock.monotonic)
     watch = rl_sides.Watch()
     with watch.phase("reward"):
-        watch.timing("rollout", time.sleep)(0.05)
-    assert watch.seconds["rollout"] >= 0.05
-    assert watch.seconds["reward"] < 0.04
+        clock.sleep(1.0)
+        watch.timing("rollout", clock.sleep)(5.0)
+        clock.sleep(2.0)
+    assert watch.seconds["rollout"] == 5.0
+    assert watch.seconds["reward"] == 3.0
 
 
 @pytest.mark.parametrize("stop_chance", [0.0, 0.2])

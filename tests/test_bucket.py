@@ -132,6 +132,18 @@ def test_a_manifest_cannot_write_outside(base: Path, bucket: Any, tmp_path: Path
         fetch(bucket, "r2", tmp_path / "home")
 
 
+@pytest.mark.parametrize(
+    "record",
+    [[], {"files": {}}, {"format": bucket_module.FORMAT}, {"format": bucket_module.FORMAT, "files": {"x": {"bytes": 1}}},
+     {"format": bucket_module.FORMAT, "files": {"": {"bytes": 1, "sha256": "0"}}}],
+    ids=["no record", "no format", "no files", "no hash", "no name"],
+)  # fmt: skip
+def test_a_damaged_manifest_is_one_line(bucket: Any, tmp_path: Path, record: Any) -> None:
+    bucket.blob("runs/r2/manifest.json").upload_from_string(json.dumps(record))
+    with pytest.raises(UserError, match="the manifest of run r2"):
+        fetch(bucket, "r2", tmp_path / "home")
+
+
 def test_the_commands(base: Path, bucket: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     upload_to_gcs.main(upload_to_gcs.Config(bucket="gs://b", run_name="r1", exclude_data=True, yes=True))
     assert "run r1 is whole in gs://b: 9 files sent, 0 were there already" in capsys.readouterr().out
@@ -163,7 +175,7 @@ def test_the_shell_command_uploads_for_real_and_ends_the_machine_through_the_api
         }
         words = ["--run-name", "r1", "--exclude-data", "--yes", "--auto-terminate", machine]
         done = subprocess.run(
-            ["bash", "scripts/upload_to_gcs.sh", *words], cwd=ROOT, env=env, capture_output=True, text=True, timeout=120
+            ["bash", "scripts/upload_to_gcs.sh", *words], cwd=ROOT, env=env, capture_output=True, text=True, timeout=300
         )  # fmt: skip
         assert done.returncode == 0, done.stderr
         assert f"run r1 is whole in gs://b: {len(FILES) - 1} files sent" in done.stdout
@@ -191,7 +203,7 @@ def test_a_dry_run_needs_neither_network_nor_package(base: Path, tmp_path: Path)
         "--dry-run",
         "--exclude-data",
     ]
-    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert "chatrl_checkpoints/d2/model_000003.pt" in done.stdout and "nothing was sent" in done.stdout
     assert "aqua" not in done.stdout

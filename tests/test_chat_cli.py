@@ -63,6 +63,13 @@ def test_bars_are_as_long_as_their_share() -> None:
     assert [bar(share) for share in (0.0, 1 / 240, 0.5, 1.0)] == ["", "▏", "█" * 15, "█" * 30]
 
 
+def test_what_a_model_writes_commands_no_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    text = "a\tb\n\x1b]0;title\x07\x9b2J\r€"
+    assert chat_cli.harmless(text) == text, "a pipe gets every character"
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    assert chat_cli.harmless(text) == "a\tb\n\ufffd]0;title\ufffd\ufffd2J\ufffd€"
+
+
 def test_aqua_insists_on_options() -> None:
     with pytest.raises(UserError, match="has no options"):
         ask_once(make_talk(aqua=True), "hello")

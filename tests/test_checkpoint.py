@@ -409,7 +409,11 @@ json_values = st.recursive(
 )
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=60,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
 @given(
     field=st.sampled_from(
         ["model_config", "files", "step", "n_layer", "rope_base", "smear", "model_000001.pt", "bytes"]
@@ -440,7 +444,11 @@ def test_no_meta_file_ends_in_anything_but_our_own_error(field: str, value: Any)
         assert "\n" not in str(error).strip()
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=60,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
 @given(data=st.binary(max_size=60))
 def test_no_bytes_as_meta_end_in_anything_but_our_own_error(data: bytes) -> None:
     checkpoint = save_tiny(1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -70,6 +71,9 @@ def test_offers_are_in_integer_cents_with_the_regions_that_have_one(fake: FakeLa
 
 
 def test_dollars_and_cents() -> None:
+    for wrong in (-1.0, float("nan"), float("inf")):
+        with pytest.raises(UserError, match="not negative"):
+            cents(wrong, "--max-price")
     assert dollars(149) == "$1.49" and dollars(2392) == "$23.92" and dollars(250_000) == "$2,500.00"
     assert cents(4.5, "--max-price") == 450 and cents(0.29, "--max-price") == 29
     with pytest.raises(UserError, match="--max-price=-1"):
@@ -310,3 +314,41 @@ def test_a_provider_that_stays_away_is_unavailable(fake: FakeLambda) -> None:
     fake.faults["GET /instance-types"] = ["refused"] * 99
     with pytest.raises(Unavailable, match="check the network"):
         provider(fake).offers()
+
+
+@pytest.mark.parametrize("lag", [0, 3])
+def test_an_interrupt_while_the_launch_is_on_its_way_leaves_nothing(fake: FakeLambda, lag: int) -> None:
+    def interrupted(request: Any) -> Any:
+        reply = fake.transport(request)
+        if request.url.endswith("/launch"):
+            raise KeyboardInterrupt
+        return reply
+
+    fake.list_lag, there = lag, LambdaCloud(KEY, base_url=fake.url, transport=interrupted, clock=fake.clock)
+    with pytest.raises(KeyboardInterrupt), rented(there, order(), clock=fake.clock):
+        pytest.fail("the launch did not return")
+    assert len(fake.instances) == 1 and fake.running == []
+
+
+def test_answers_that_are_not_as_documented_are_one_line_and_leave_nothing(fake: FakeLambda) -> None:
+    broken: set[str] = set()
+
+    def transport(request: Any) -> Any:
+        reply = fake.transport(request)
+        path = request.url.rpartition("/")[2]
+        return replace(reply, text='{"data": [{}]}') if path in broken else reply
+
+    there = LambdaCloud(KEY, base_url=fake.url, transport=transport, clock=fake.clock)
+    for path, ask in (
+        ("instance-types", there.offers),
+        ("ssh-keys", there.ssh_key_names),
+        ("instances", there.instances),
+    ):
+        broken = {path}
+        with pytest.raises(CloudError, match="not as its contract has it"):
+            ask()
+    broken = {"launch"}
+    with pytest.raises(RuntimeError), rented(there, order(), clock=fake.clock) as instance:
+        assert instance.id in fake.running and len(fake.launches) == 1, "found by its tag, not launched again"
+        broken = {"instances"}
+        raise RuntimeError

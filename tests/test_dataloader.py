@@ -216,9 +216,11 @@ def test_packing_documents_costs_little() -> None:
     texts = texts_of(2000, longest=3000)
     batches = documents(texts, batch_size=8, sequence_len=512)
     next(batches)
-    began = time.perf_counter()
+    began = time.process_time()
     tokens = sum(next(batches).num_targets for _ in range(60))
-    assert tokens / (time.perf_counter() - began) > 200_000  # per second; a loaded machine does more
+    assert (
+        tokens / (time.process_time() - began) > 200_000
+    )  # per second of ours, whatever else the machine does
 
 
 def test_a_lane_asks_only_for_its_own_documents() -> None:

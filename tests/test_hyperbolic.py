@@ -74,6 +74,17 @@ def test_a_machine_that_fails_is_given_back(fake: FakeHyperbolic) -> None:
         wait_until_active(there, instance, max_wait_seconds=300, poll_seconds=5, clock=fake.clock)
 
 
+@pytest.mark.parametrize("name_it", [False, True])
+def test_what_others_rent_meanwhile_is_not_given_back(fake: FakeHyperbolic, name_it: bool) -> None:
+    """Machines here carry no tag, so a stranger's new one looks like ours."""
+    fake.name_it, there = name_it, provider(fake)
+    with pytest.raises(KeyboardInterrupt), rented(there, ORDER, clock=fake.clock):
+        fake.rentals["77"] = {"status": "online"}
+        raise KeyboardInterrupt
+    assert fake.running == ["77"]
+    terminate_surely(there, "77", clock=fake.clock)
+
+
 def test_a_changed_contract_is_an_error_and_never_a_price_of_nothing(fake: FakeHyperbolic) -> None:
     del fake.nodes[0]["pricing"]
     with pytest.raises(CloudError, match="contract has changed"):

@@ -24,7 +24,7 @@ stop_with_parent()
 with StopRequests() as requests:
     print("ready", flush=True)
     if sys.argv[1] == "stuck":
-        hashlib.pbkdf2_hmac("sha256", b"", b"", 300_000_000)  # a minute in C, as waiting for another rank is
+        hashlib.pbkdf2_hmac("sha256", b"", b"", 2**31 - 1)  # minutes in C, as waiting for another rank is
     while not requests.received:
         time.sleep(0.01)
     print("finished the step", flush=True)
@@ -47,7 +47,7 @@ def start(kind: str, launcher: list[str] | None = None, **environment: str) -> s
 def test_the_first_signal_lets_the_step_finish_and_the_exit_code_says_so(number: signal.Signals) -> None:
     process = start("steps")
     process.send_signal(number)
-    printed, _ = process.communicate(timeout=30)
+    printed, _ = process.communicate(timeout=300)
     assert process.returncode == EXIT_STOPPED == 75
     assert "finished the step" in printed and number.name in printed
 
@@ -56,20 +56,18 @@ def test_the_first_signal_lets_the_step_finish_and_the_exit_code_says_so(number:
 def test_a_second_signal_exits_at_once_even_out_of_a_c_call(number: signal.Signals) -> None:
     process = start("stuck")
     process.send_signal(number)
-    time.sleep(0.5)
+    assert process.stdout is not None and process.stdout.readline().startswith(f"{number.name}: finishing")
     assert process.poll() is None, "the first one waits for the step"
-    began = time.monotonic()
     process.send_signal(signal.SIGTERM)
-    _, error = process.communicate(timeout=30)
+    _, error = process.communicate(timeout=120)  # the call in C takes longer
     assert process.returncode == 128 + signal.SIGTERM and "without saving" in error
-    assert time.monotonic() - began < 5
 
 
 def test_handlers_are_as_before_afterwards_and_a_thread_may_enter_as_well() -> None:
     before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
     with StopRequests() as requests:
         os.kill(os.getpid(), signal.SIGTERM)
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + 120
         while not requests.received and time.monotonic() < deadline:
             time.sleep(0.01)
         assert requests.received == "SIGTERM"
@@ -92,12 +90,12 @@ def test_a_stop_is_an_exit_with_its_own_code_and_its_reason() -> None:
 
 
 def test_who_loses_its_driver_stops() -> None:
-    driver = subprocess.Popen(["sleep", "60"])
+    driver = subprocess.Popen(["sleep", "600"])
     process = start("steps", DRIVER_PID=str(driver.pid))
     assert process.poll() is None
     driver.kill()
     driver.wait()
-    printed, error = process.communicate(timeout=30)
+    printed, error = process.communicate(timeout=300)
     assert process.returncode == 75 and "finished the step" in printed and "is gone" in error
 
 
@@ -107,11 +105,11 @@ def test_a_rank_whose_launcher_died_before_it_looked_says_so_at_once(monkeypatch
         monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
         monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
         monkeypatch.setenv("MASTER_PORT", str(store.getsockname()[1]))
-        check_launcher(patience_seconds=5)
+        check_launcher(patience_seconds=60)
     with pytest.raises(
         UserError, match=r"torchrun, which launched this rank, does not answer at 127\.0\.0\.1:"
     ):
-        check_launcher(patience_seconds=0.1)
+        check_launcher()  # which does not need its patience: nobody else will listen there
 
 
 @pytest.fixture
@@ -125,7 +123,7 @@ import time
 from nanochat.locks import exclusive
 with exclusive("base-d8", "base d8"):
     print("held", flush=True)
-    time.sleep(60)
+    time.sleep(600)
 """
 
 
@@ -152,18 +150,21 @@ def test_a_second_run_is_refused_by_name_and_a_killed_one_holds_nothing() -> Non
 
 
 @pytest.mark.usefixtures("base")
-def test_who_leaves_in_time_is_waited_for(capsys: pytest.CaptureFixture[str]) -> None:
+def test_who_leaves_in_time_is_waited_for(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     entered, leave = threading.Event(), threading.Event()
 
     def hold() -> None:
         with exclusive("rl-d8", "rl d8"):
             entered.set()
-            leave.wait(10)
+            leave.wait(120)
 
     thread = threading.Thread(target=hold)
     thread.start()
-    assert entered.wait(10)
-    threading.Timer(0.3, leave.set).start()
-    with exclusive("rl-d8", "rl d8", patience=10):
+    assert entered.wait(120)
+    pause = time.sleep
+    monkeypatch.setattr(time, "sleep", lambda seconds: (leave.set(), pause(seconds)))  # once it is waited for
+    with exclusive("rl-d8", "rl d8", patience=120):
         assert "waiting a few seconds" in capsys.readouterr().out
     thread.join()

@@ -10,8 +10,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
-from cloud_fakes import COUNT, KEY, ROOT, FakeLambda, FastClock, OtherSide, fast_python
+from cloud_fakes import COUNT, KEY, NVIDIA, ROOT, FakeLambda, FastClock, OtherSide, fast_python
 from laptop import BAD, GOOD, LONG, SECRET, Laptop, starting
+from test_nodes import free_port
 
 from nanochat.common import UserError
 from nanochat.launch_flags import with_any
@@ -74,6 +75,7 @@ def test_launch_start_prove_wait_fetch_terminate(tmp_path: Path, laptop: Laptop,
 
 
 def test_the_simple_launcher_and_the_commands_it_prints(tmp_path: Path, laptop: Laptop, fake: FakeLambda, side: OtherSide) -> None:  # fmt: skip
+    (side.bin / "nvidia-smi").write_text(NVIDIA)
     done = laptop.run(*started(tmp_path, GOOD), "--region=us-west-1", program="launch_lambda.py")
     assert done.returncode == 0, done.stderr
     no_secret_anywhere(fake, side)
@@ -82,6 +84,7 @@ def test_the_simple_launcher_and_the_commands_it_prints(tmp_path: Path, laptop: 
     assert [c.split("=")[0] for c in commands] == ["--logs", "--fetch", "--terminate"]
     status = laptop.run("--status", program="launch_lambda.py")
     assert "driver True" in status.stdout and "1 running, $0.75 an hour" in status.stdout
+    (side.home / "go").touch()
     logs = laptop.run(commands[0], program="launch_lambda.py")
     assert logs.returncode == 0 and "the end" in logs.stdout and "ended with exit code 0" in logs.stdout
     fetched = laptop.run("--fetch", "--fetch-optimizer", program="launch_lambda.py")
@@ -115,7 +118,7 @@ def test_fetch_goes_on_where_the_cable_broke(laptop: Laptop, side: OtherSide, fa
 
 
 def test_logs_follow_a_run_while_it_runs(tmp_path: Path, laptop: Laptop, side: OtherSide, fake: FakeLambda) -> None:  # fmt: skip
-    driver = "echo first; while [ ! -e go ]; do sleep 0.1; done; echo second; sleep 0.5; exit 4\n"
+    driver = "echo first; while [ ! -e go ]; do sleep 0.1; done; echo second; exit 4\n"
     assert laptop.run(*started(tmp_path, driver)).returncode == 0
     words = fast_python("scripts.launch_lambda_training", "--logs")
     following = subprocess.Popen(words, cwd=ROOT, env=laptop.environment(), stdout=subprocess.PIPE, text=True)
@@ -123,7 +126,7 @@ def test_logs_follow_a_run_while_it_runs(tmp_path: Path, laptop: Laptop, side: O
     assert following.stdout.readline() == "first\n"
     assert not (side.checkout / ".nanochat-job" / "status").exists(), "it comes while the run runs"
     (side.checkout / "go").touch()
-    rest, _ = following.communicate(timeout=60)
+    rest, _ = following.communicate(timeout=600)
     assert rest == "second\n== ended with exit code 4\n" and following.returncode == 0
     assert laptop.run("--terminate").returncode == 0
 
@@ -156,7 +159,7 @@ def test_whoever_stops_watching_is_told_that_it_costs_money(tmp_path: Path, lapt
         if line.startswith("end it"):
             break
     running.terminate()
-    _, rest = running.communicate(timeout=60)
+    _, rest = running.communicate(timeout=600)
     (machine,) = fake.running
     assert running.returncode == 143 and "the run goes on and costs money" in rest
     assert f"--attach={machine} --terminate-when-done" in rest
@@ -168,7 +171,7 @@ def test_branch_script_session_and_image_are_what_was_asked_for(tmp_path: Path, 
     repository = tmp_path / "repository"
     git = ["git", "-c", "user.name=t", "-c", "user.email=t@example.com", "-c", "commit.gpgsign=false"]
     subprocess.run([*git, "checkout", "--quiet", "-b", "other"], cwd=repository, check=True)
-    (repository / "mine.sh").write_text("echo mine runs; sleep 30\n")
+    (repository / "mine.sh").write_text("echo mine runs; sleep 600\n")
     for command in (["add", "."], ["commit", "--quiet", "-m", "x"], ["checkout", "--quiet", "main"]):
         subprocess.run([*git, *command], cwd=repository, check=True)
     done = laptop.run(
@@ -225,7 +228,8 @@ def test_a_run_script_that_is_not_in_the_repository(tmp_path: Path, laptop: Lapt
 
 
 @pytest.mark.slow
-def test_ssh_that_never_answers(tmp_path: Path, laptop: Laptop, side: OtherSide) -> None:
+def test_ssh_that_never_answers(tmp_path: Path, laptop: Laptop, fake: FakeLambda, side: OtherSide) -> None:
+    fake.polls_until_active = 1
     (side.log / "ssh_fails").write_text("9999")
     done = laptop.run(*started(tmp_path, GOOD), "--max-wait-minutes=0.4")
     assert done.returncode == 1 and "ssh cannot connect" in done.stderr
@@ -278,7 +282,7 @@ def test_results_that_cannot_be_brought_home_are_not_thrown_away(tmp_path: Path,
 
 @pytest.mark.slow
 def test_a_failed_run_is_fetched_and_terminated_and_its_code_returned(tmp_path: Path, laptop: Laptop) -> None:
-    driver = 'echo working; mkdir -p "$NANOCHAT_BASE_DIR/runs/r"; echo 1 >"$NANOCHAT_BASE_DIR/runs/r/x"; sleep 3; exit 9\n'
+    driver = 'echo working; mkdir -p "$NANOCHAT_BASE_DIR/runs/r"; echo 1 >"$NANOCHAT_BASE_DIR/runs/r/x"; until [ -e "$HOME/go" ]; do sleep 0.05; done; exit 9\n'
     done = laptop.run(*started(tmp_path, driver), "--terminate-when-done")
     assert (
         done.returncode == 9 and (laptop.home / "fetched" / "nanochat-aquarat" / "runs" / "r" / "x").exists()
@@ -408,7 +412,6 @@ SSHD = shutil.which("sshd", path="/usr/sbin:/usr/local/sbin:" + os.environ.get("
 @pytest.mark.skipif(not SSHD or not shutil.which("rsync"), reason="needs sshd and rsync")
 def test_a_real_sshd_pins_its_key_takes_secrets_and_sends_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
     import getpass
-    import socket
 
     from nanochat import remote_job
     from nanochat.remote import Remote, SshError, fetch, run, wait_for_ssh
@@ -417,9 +420,7 @@ def test_a_real_sshd_pins_its_key_takes_secrets_and_sends_files(tmp_path: Path, 
     tmp_path.chmod(0o700)
     for name in ("host", "host2", "me"):
         subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", tmp_path / name], check=True)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
 
     def sshd(host_key: str) -> subprocess.Popen[bytes]:
         options = {
@@ -437,7 +438,7 @@ def test_a_real_sshd_pins_its_key_takes_secrets_and_sends_files(tmp_path: Path, 
     remote.folder.mkdir(parents=True)
     server = sshd("host")
     try:
-        wait_for_ssh(remote, max_wait_seconds=20, poll_seconds=0.2)
+        wait_for_ssh(remote, max_wait_seconds=300, poll_seconds=0.2)
         assert remote.pinned and "[127.0.0.1]" in remote.known_hosts.read_text()
         echoed = run(remote, f"cat >{tmp_path}/secret; ps -eo args | grep -c {SECRET[:-1]}[{SECRET[-1]}] || true",
                      more_input=SECRET.encode())  # fmt: skip
@@ -454,7 +455,7 @@ def test_a_real_sshd_pins_its_key_takes_secrets_and_sends_files(tmp_path: Path, 
     server = sshd("host2")
     try:
         with pytest.raises(SshError, match="not the one seen first"):
-            wait_for_ssh(remote, max_wait_seconds=20, poll_seconds=0.2)
+            wait_for_ssh(remote, max_wait_seconds=300, poll_seconds=0.2)
     finally:
         server.terminate()
         server.wait()

@@ -103,7 +103,7 @@ def test_launch_start_prove_wait_fetch_terminate(tmp_path: Path, laptop: Laptop,
     assert (home / "chatrl_checkpoints" / "d2" / "model_000003.pt").is_file()
 
 
-def test_the_commands_that_it_prints(tmp_path: Path, laptop: Laptop, fake: FakeHyperbolic) -> None:
+def test_the_commands_that_it_prints(tmp_path: Path, laptop: Laptop, fake: FakeHyperbolic, side: OtherSide) -> None:  # fmt: skip
     fake.name_it = True
     done = laptop.run(*starting(tmp_path, GOOD))
     assert done.returncode == 0 and "It costs money until it is terminated" in done.stdout, done.stderr
@@ -112,6 +112,7 @@ def test_the_commands_that_it_prints(tmp_path: Path, laptop: Laptop, fake: FakeH
     status = laptop.run("--status")
     assert "GPU NVIDIA A10" in status.stdout
     assert "1 running, $0.00 an hour together, and 1 whose price the provider does not say" in status.stdout
+    (side.home / "go").touch()
     logs = laptop.run(printed["log"])
     assert logs.returncode == 0 and "the end\n== ended with exit code 0" in logs.stdout
     assert laptop.run(printed["bring home"]).returncode == 0
@@ -155,6 +156,7 @@ def test_a_launch_whose_answer_is_lost_on_the_way(tmp_path: Path, laptop: Laptop
 @pytest.mark.parametrize("fault", ["no ssh", "no gpu", "never boots", "no script"])
 def test_what_else_goes_wrong(tmp_path: Path, laptop: Laptop, fake: FakeHyperbolic, side: OtherSide, fault: str) -> None:  # fmt: skip
     more = []
+    fake.polls_until_online = 0  # the machine itself is there at once; the wait is for what is missing
     if fault == "no ssh":
         (side.log / "ssh_fails").write_text("9999")
     elif fault == "no gpu":

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import random
 import re
 import socket
 import subprocess
@@ -35,15 +37,12 @@ dist.destroy_process_group()
 
 
 def free_port() -> int:
-    """A port with a free neighbour."""
+    """A port with a free neighbour, below those that the kernel gives to whoever connects to something meanwhile."""
     while True:
-        with socket.socket() as first, socket.socket() as second:
-            first.bind(("127.0.0.1", 0))
-            port: int = first.getsockname()[1]
-            try:
-                second.bind(("127.0.0.1", port + 1))
-            except OSError:
-                continue
+        port = random.randrange(20_000, 32_000, 2)
+        with socket.socket() as first, socket.socket() as second, contextlib.suppress(OSError):
+            first.bind(("127.0.0.1", port))
+            second.bind(("127.0.0.1", port + 1))
             return port
 
 
@@ -68,7 +67,7 @@ def two_nodes(
                 ["bash", driver], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
             )
         )
-    return finished(nodes, 240)
+    return finished(nodes, 900)
 
 
 def finished(nodes: list[subprocess.Popen[str]], seconds: float) -> list[subprocess.CompletedProcess[str]]:
@@ -123,7 +122,7 @@ def test_storage_that_is_not_shared_is_found_out_first(tmp_path: Path) -> None:
 
 
 def meeting(
-    *others: str, size: int = 2, seconds: float = 20.0, monkeypatch: pytest.MonkeyPatch
+    *others: str, size: int = 2, seconds: float = 120.0, monkeypatch: pytest.MonkeyPatch
 ) -> tuple[str, int]:
     """Node 0's meeting `here`, to which `others` send their lines."""
     monkeypatch.setattr(nodes_script, "LATER_SECONDS", seconds)
@@ -133,7 +132,7 @@ def meeting(
         for line in others:
             while True:
                 try:
-                    with socket.create_connection(("127.0.0.1", port), timeout=20) as connection:
+                    with socket.create_connection(("127.0.0.1", port), timeout=120) as connection:
                         connection.sendall(line.encode())
                         connection.recv(100)
                     break
@@ -145,7 +144,7 @@ def meeting(
     try:
         return nodes_script.lead("here", ["yes"], run=False, size=size, host="127.0.0.1", port=port)
     finally:
-        thread.join(20)
+        thread.join(120)
 
 
 def test_strangers_and_nodes_that_are_ahead_do_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -154,8 +153,12 @@ def test_strangers_and_nodes_that_are_ahead_do_not_count(monkeypatch: pytest.Mon
 
 
 def test_a_node_that_does_not_come_or_gives_up_ends_the_meeting(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(UserError, match=r"nodes \{2\} did not come to here"):
-        meeting("here 1\n", size=3, seconds=0.3, monkeypatch=monkeypatch)
+    for seconds in (0.3, 3.0, 30.0):  # on a crowded machine the first may be over before node 1 has come
+        with pytest.raises(UserError, match=r"nodes \{(1, )?2\} did not come to here") as missed:
+            meeting("here 1\n", size=3, seconds=seconds, monkeypatch=monkeypatch)
+        if "{2}" in str(missed.value):
+            break
+    assert "nodes {2} did not come to here" in str(missed.value)
     with pytest.raises(UserError, match="node 2 gave up before here: no disk there"):
         meeting("here 1\n", "leave 2 no disk there\n", size=3, monkeypatch=monkeypatch)
 
@@ -167,7 +170,7 @@ def test_giving_up_reaches_node_0_at_whatever_meeting_is_next(monkeypatch: pytes
     time.sleep(0.5)  # nobody is there yet
     with pytest.raises(UserError, match="node 1 gave up before later: no disk"):
         nodes_script.lead("later", ["yes"], run=False, size=3, host="127.0.0.1", port=port)
-    leaver.join(10)
+    leaver.join(120)
     assert not leaver.is_alive()
 
 
@@ -187,7 +190,7 @@ def test_a_node_0_that_dies_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
         thread.start()
         with pytest.raises(UserError, match="node 0 at 127.0.0.1:.* is gone or never came to stage"):
             nodes_script.follow("stage", rank=1, host="127.0.0.1", port=port)
-        thread.join(10)
+        thread.join(120)
 
 
 def test_the_dry_run_shows_torchrun_on_every_node(tmp_path: Path) -> None:
@@ -261,6 +264,10 @@ def test_what_sky_yaml_runs_starts_the_driver_on_every_node_and_uploads_once(tmp
         done = bash(task["run"], env, cwd=tmp_path)
         assert done.returncode == 0, done.stderr
         said.append(done.stdout.splitlines())
+    (tmp_path / "run_aquarat_small.sh").write_text("exit 7\n")
+    assert bash(task["run"], env | {"BUCKET": "gs://b"}, cwd=tmp_path).returncode == 7, (
+        "not hidden by the upload"
+    )
     upload = "upload --bucket gs://b --run-name aquarat-small --yes"
     assert said == [["driver 2 0 10.0.0.1", upload], ["driver 2 1 10.0.0.1"], ["driver 2 0 10.0.0.1"]]
 

@@ -136,6 +136,17 @@ def test_extra_follows_no_link_outside(repository: Path, tmp_path: Path) -> None
             matching_files((pattern,), repository)
 
 
+def test_extra_takes_no_key_and_nothing_of_git_along(repository: Path) -> None:
+    for name in (".git/config", "docs/.env.local", ".env.template"):
+        (repository / name).parent.mkdir(exist_ok=True)
+        (repository / name).write_text("secret")
+    names = {file.name for file in matching_files(("**/*", ".*"), repository)}
+    assert {".env.template", "docs/t.md", "extra.txt"} <= names
+    assert not {".env", "docs/.env.local", ".git/config"} & names
+    with pytest.raises(UserError, match="that may be published"):
+        matching_files((".env",), repository)
+
+
 def test_a_dry_run_writes_nothing_and_needs_no_network(repository: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:  # fmt: skip
     monkeypatch.setattr("socket.socket.connect", lambda *_: pytest.fail("a dry run opened a connection"))
     monkeypatch.setattr(sync_hf_repo, "push", lambda *_: pytest.fail("pushed"))

@@ -35,7 +35,7 @@ def benchmark(*words: str) -> dict[str, Any]:
         env=env,
         capture_output=True,
         text=True,
-        timeout=900,
+        timeout=2700,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     print(done.stdout)
@@ -46,7 +46,7 @@ def benchmark(*words: str) -> dict[str, Any]:
 def test_two_hundred_clients_get_answers_or_are_told_to_wait() -> None:
     told = benchmark(
         "--crowd=200",
-        "--crowd_seconds=8",
+        "--crowd_seconds=4",
         "--repeats=1",
         "--seconds=1",
         "--n_embd=64",
@@ -54,7 +54,8 @@ def test_two_hundred_clients_get_answers_or_are_told_to_wait() -> None:
         "--max_tokens=8",
     )
     heard = told["crowd_200"]
-    assert set(heard["statuses"]) <= {"200", "429"} and heard["answers"] >= 200
+    assert set(heard["statuses"]) <= {"200", "429"}
+    assert heard["answers"] >= 200, "however slow the machine: who stands in line when time is up is served"
     assert 0 < heard["first_token_p50_ms"] <= heard["first_token_p99_ms"]
 
 

@@ -19,6 +19,7 @@ from nanochat.letters import answer_position, letter_logits
 from nanochat.sampling import Sampling
 from nanochat.serving import Pool, Scheduler
 from tests.rl_fakes import ByteTokenizer, small_model
+from tests.talking import PATIENCE, wait_until
 
 TOKENIZER = ByteTokenizer(alphabet=string.printable)
 
@@ -44,7 +45,7 @@ class Client:
         found: list[Event] = []
         left = self.job.num_samples
         while left:
-            found.append(self.inbox.get(timeout=20))
+            found.append(self.inbox.get(timeout=PATIENCE))
             event = found[-1]
             if isinstance(event, Failure):
                 return found
@@ -61,12 +62,13 @@ def scheduler() -> Iterator[Scheduler]:
         yield running
 
 
-def wait_until(true: Any) -> None:
-    for _ in range(1000):
-        if true():
-            return
-        time.sleep(0.01)
-    raise AssertionError("it did not come to pass in ten seconds")
+@pytest.fixture
+def steps(scheduler: Scheduler) -> threading.Semaphore:
+    """So many passes of the model are allowed; the engine waits for more."""
+    allowed = threading.Semaphore(0)
+    block = scheduler.engine.model.transformer.h[0]
+    block.register_forward_pre_hook(lambda *_: allowed.acquire(timeout=PATIENCE) and None)
+    return allowed
 
 
 def test_a_batch_of_strangers_gets_what_each_gets_alone(scheduler: Scheduler) -> None:
@@ -141,12 +143,14 @@ def test_a_stop_string_ends_the_answer_and_is_no_part_of_it(scheduler: Scheduler
     wait_until(lambda: scheduler.num_rows == 0)
 
 
-def test_who_leaves_makes_room_and_hears_no_more(scheduler: Scheduler) -> None:
+def test_who_leaves_makes_room_and_hears_no_more(scheduler: Scheduler, steps: threading.Semaphore) -> None:
     leaver, waiting = Client(num_samples=4, max_tokens=400), Client("next", max_tokens=3)
+    steps.release(3)
     scheduler.submit(leaver.job)
-    leaver.inbox.get(timeout=20)
+    leaver.inbox.get(timeout=PATIENCE)
     scheduler.submit(waiting.job)
     scheduler.cancel(leaver.job)
+    steps.release(1000)
     assert waiting.pieces()[-1].finish
     wait_until(lambda: scheduler.num_rows == 0)
     heard = leaver.inbox.qsize()
@@ -155,11 +159,12 @@ def test_who_leaves_makes_room_and_hears_no_more(scheduler: Scheduler) -> None:
     assert scheduler.stats.cancelled == 1
 
 
-def test_who_leaves_the_line_is_never_begun(scheduler: Scheduler) -> None:
+def test_who_leaves_the_line_is_never_begun(scheduler: Scheduler, steps: threading.Semaphore) -> None:
     blocker, waiting = Client(num_samples=4, max_tokens=60), Client("gone")
     scheduler.submit(blocker.job)
     scheduler.submit(waiting.job)
     scheduler.cancel(waiting.job)
+    steps.release(1000)
     blocker.events()
     wait_until(lambda: scheduler.num_waiting == scheduler.num_rows == 0)
     assert waiting.inbox.empty()
@@ -245,6 +250,7 @@ def test_an_error_of_the_engine_is_told_to_who_was_in_flight_and_the_thread_goes
 
 
 def test_a_pool_gives_each_job_to_the_one_with_least_to_do() -> None:
+    before = threading.active_count()
     pool = Pool([Scheduler(make_engine(), max_rows=4) for _ in range(2)])
     clients = [Client(max_tokens=4) for _ in range(6)]
     assert [pool.submit(client.job) for client in clients] == [0, 1, 0, 1, 0, 1]
@@ -253,4 +259,4 @@ def test_a_pool_gives_each_job_to_the_one_with_least_to_do() -> None:
         client.events()
     pool.close()
     assert [scheduler.stats.finished for scheduler in pool.schedulers] == [3, 3]
-    assert threading.active_count() < 10
+    assert threading.active_count() <= before

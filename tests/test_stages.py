@@ -46,7 +46,7 @@ def command(
     env = {k: v for k, v in os.environ.items() if not k.startswith(("NANOCHAT_", "AQUA_", "WANDB_"))}
     env |= {"NANOCHAT_BASE_DIR": str(home), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(
-        [*launcher, words[0], *gap, *words[1:]], env=env, capture_output=True, text=True, timeout=300
+        [*launcher, words[0], *gap, *words[1:]], env=env, capture_output=True, text=True, timeout=900
     )
     assert done.returncode == 0 or not check, done.stdout + done.stderr
     return done

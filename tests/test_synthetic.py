@@ -260,10 +260,12 @@ def test_wrong_arithmetic_is_caught() -> None:
 def test_rows_come_fast_enough_for_training() -> None:
     task = Synthetic("train")
     task[0]
-    start = time.perf_counter()
+    start = time.process_time()
     for index in range(2_000):
         task[index]
-    assert 2_000 / (time.perf_counter() - start) > 1_500  # 12,000 on a quiet core; CI machines are busy
+    assert (
+        2_000 / (time.process_time() - start) > 1_500
+    )  # 12,000 on a quiet core; whoever shares it makes it slower
 
 
 # ---- prose -----------------------------------------------------------------------------------------------------------

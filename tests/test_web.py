@@ -17,7 +17,7 @@ from nanochat.common import UserError
 from nanochat.engine import Engine
 from nanochat.guards import Access, check_binding, is_loopback
 from nanochat.web import page
-from tests.talking import QUESTIONS, make_host, serving, talking_model
+from tests.talking import QUESTIONS, endless_model, http, make_host, serving, talking_model, wait_until
 
 HI = "Hi! I add up. 1€ + 1€ = 2€"
 HELLO = [{"role": "user", "content": "hello"}]
@@ -209,7 +209,7 @@ def test_roles_and_parts_that_other_programs_send(client: openai.OpenAI) -> None
     ids=lambda value: str(value)[:40],
 )
 def test_what_cannot_be_answered_is_a_400_that_says_why(url: str, what: dict[str, Any], words: str) -> None:
-    reply = httpx.post(
+    reply = http.post(
         f"{url}/v1/chat/completions",
         content=json.dumps({"messages": HELLO} | what),  # json= would refuse NaN itself
         headers={"Content-Type": "application/json"},
@@ -219,7 +219,7 @@ def test_what_cannot_be_answered_is_a_400_that_says_why(url: str, what: dict[str
 
 
 def test_json_that_is_not_called_json_is_told_how(url: str) -> None:
-    reply = httpx.post(f"{url}/v1/chat/completions", content=json.dumps({"messages": HELLO}))
+    reply = http.post(f"{url}/v1/chat/completions", content=json.dumps({"messages": HELLO}))
     assert reply.status_code == 400 and "Content-Type: application/json" in error_of(reply)["message"]
 
 
@@ -230,8 +230,8 @@ def test_the_real_client_understands_the_errors(client: openai.OpenAI) -> None:
 
 
 def test_paths_and_methods_that_are_not_there_answer_in_the_same_shape(url: str) -> None:
-    assert error_of(httpx.get(f"{url}/nowhere"))["code"] == "http_404"
-    reply = httpx.get(f"{url}/v1/chat/completions")
+    assert error_of(http.get(f"{url}/nowhere"))["code"] == "http_404"
+    reply = http.get(f"{url}/v1/chat/completions")
     assert reply.status_code == 405 and reply.headers["allow"] == "POST" and error_of(reply)
 
 
@@ -243,14 +243,14 @@ def test_curl_sees_tokens_as_they_come(url: str) -> None:
     words = ["curl", "-sN", f"{url}/v1/chat/completions", "-H", "Content-Type: application/json"]
     body = {"messages": HELLO, "stream": True}
     said = subprocess.run(
-        [*words, "-d", json.dumps(body)], capture_output=True, text=True, timeout=60, check=True
+        [*words, "-d", json.dumps(body)], capture_output=True, text=True, timeout=300, check=True
     ).stdout
     lines = [line for line in said.split("\n") if line]
     assert all(line.startswith("data: ") for line in lines) and lines[-1] == "data: [DONE]"
     chunks = [json.loads(line[6:]) for line in lines[:-1]]
     assert "".join(chunk["choices"][0]["delta"].get("content", "") for chunk in chunks) == HI
     health = subprocess.run(
-        ["curl", "-s", f"{url}/health"], capture_output=True, text=True, timeout=60, check=True
+        ["curl", "-s", f"{url}/health"], capture_output=True, text=True, timeout=300, check=True
     )
     assert json.loads(health.stdout) == {"status": "ok", "ready": True, "num_gpus": 1, "available_workers": 1}
 
@@ -259,13 +259,13 @@ def test_curl_sees_tokens_as_they_come(url: str) -> None:
 
 
 def test_nanochats_token_events_are_as_they_were(url: str) -> None:
-    told = events(httpx.post(f"{url}/chat/completions", json={"messages": HELLO}))
+    told = events(http.post(f"{url}/chat/completions", json={"messages": HELLO}))
     assert "".join(event["token"] for event in told[:-1]) == HI
     assert all(event["gpu"] == 0 for event in told[:-1]) and told[-1]["done"] is True
 
 
 def test_a_question_with_options_tells_its_letters_while_it_is_answered(url: str) -> None:
-    told = events(httpx.post(f"{url}/chat/completions", json={"messages": PENS, "letters": True, "top": 3}))
+    told = events(http.post(f"{url}/chat/completions", json={"messages": PENS, "letters": True, "top": 3}))
     question, tokens, done = told[0]["question"], told[1:-1], told[-1]
     assert question["letters"] == list("ABCDE") and question["options"] == ["7", "10", "12", "14", "43"]
     assert question["prompt"].endswith('Last line: "Answer: X".')
@@ -280,13 +280,13 @@ def test_a_question_with_options_tells_its_letters_while_it_is_answered(url: str
 
 
 def test_text_without_options_has_no_letters(url: str) -> None:
-    told = events(httpx.post(f"{url}/chat/completions", json={"messages": HELLO, "letters": True}))
+    told = events(http.post(f"{url}/chat/completions", json={"messages": HELLO, "letters": True}))
     assert not any("letters" in event or "question" in event for event in told)
 
 
 def test_a_vote_counts_every_answer(url: str) -> None:
     told = events(
-        httpx.post(f"{url}/chat/vote", json={"messages": PENS, "k": 6, "temperature": 1.3, "seed": 1})
+        http.post(f"{url}/chat/vote", json={"messages": PENS, "k": 6, "temperature": 1.3, "seed": 1})
     )
     ballots, done = told[:-1], told[-1]
     assert sorted(ballot["sample"] for ballot in ballots) == list(range(6))
@@ -295,21 +295,21 @@ def test_a_vote_counts_every_answer(url: str) -> None:
     assert sum(done["votes"].values()) + done["without"] == 6
     most = max(done["votes"].values())
     assert done["leaders"] == [letter for letter, count in done["votes"].items() if count == most > 0]
-    reply = httpx.post(f"{url}/chat/vote", json={"messages": HELLO})
+    reply = http.post(f"{url}/chat/vote", json={"messages": HELLO})
     assert reply.status_code == 400 and "multiple-choice" in error_of(reply)["message"]
 
 
 def test_the_gallery_has_questions_with_their_answers(url: str) -> None:
-    found = httpx.get(f"{url}/gallery").json()
+    found = http.get(f"{url}/gallery").json()
     assert [(one["question"], one["gold"]) for one in found["questions"]] == [
         (q, gold) for q, _, gold, _ in QUESTIONS
     ]
 
 
 def test_stats_count_and_hold_no_words(url: str) -> None:
-    before = httpx.get(f"{url}/stats").json()["workers"][0]
-    httpx.post(f"{url}/v1/chat/completions", json={"messages": HELLO})
-    reply = httpx.get(f"{url}/stats")
+    before = http.get(f"{url}/stats").json()["workers"][0]
+    http.post(f"{url}/v1/chat/completions", json={"messages": HELLO})
+    reply = http.get(f"{url}/stats")
     after = reply.json()["workers"][0]
     assert after["requests"] == before["requests"] + 1 and after["tokens"] > before["tokens"]
     assert after["rows"] == 0 and after["first_token_seconds_p50"] > 0
@@ -320,7 +320,7 @@ def test_stats_count_and_hold_no_words(url: str) -> None:
 
 
 def test_the_page_asks_no_other_host_and_runs_no_other_script(url: str) -> None:
-    reply = httpx.get(url)
+    reply = http.get(url)
     assert reply.headers["content-type"].startswith("text/html")
     policy = reply.headers["content-security-policy"]
     assert "default-src 'none'" in policy and "connect-src 'self'" in policy and "unsafe" not in policy
@@ -342,23 +342,23 @@ def test_pages_of_other_origins_and_other_host_names_are_refused(url: str) -> No
         ({"Origin": url}, 200),
         ({"Host": host.replace("127.0.0.1", "localhost")}, 200),
     ):
-        assert httpx.get(f"{url}/v1/models", headers=headers).status_code == status, headers
-    assert "access-control-allow-origin" not in httpx.get(f"{url}/v1/models", headers={"Origin": url}).headers
+        assert http.get(f"{url}/v1/models", headers=headers).status_code == status, headers
+    assert "access-control-allow-origin" not in http.get(f"{url}/v1/models", headers={"Origin": url}).headers
 
 
 def test_a_key_is_asked_for_where_there_is_one() -> None:
     with serving(make_host(), Access(api_key="secret", origins=("https://ok.example",))) as url:
-        assert httpx.get(url).status_code == httpx.get(f"{url}/health").status_code == 200
+        assert http.get(url).status_code == http.get(f"{url}/health").status_code == 200
         for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "Basic secret"}):
-            reply = httpx.get(f"{url}/v1/models", headers=headers)
+            reply = http.get(f"{url}/v1/models", headers=headers)
             assert reply.status_code == 401 and error_of(reply)["code"] == "invalid_api_key"
-        assert httpx.get(f"{url}/gallery").status_code == 401
+        assert http.get(f"{url}/gallery").status_code == 401
         with openai.OpenAI(base_url=f"{url}/v1", api_key="secret", max_retries=0) as client:
             assert (
                 client.chat.completions.create(model="test", messages=HELLO).choices[0].message.content == HI
             )  # type: ignore[arg-type]
         allowed = {"Origin": "https://ok.example", "Authorization": "Bearer secret"}
-        reply = httpx.get(f"{url}/v1/models", headers=allowed)
+        reply = http.get(f"{url}/v1/models", headers=allowed)
         assert reply.headers["access-control-allow-origin"] == "https://ok.example"
 
 
@@ -377,18 +377,19 @@ def test_this_machines_own_addresses_need_none() -> None:
 
 
 def test_two_workers_share_the_requests() -> None:
-    with serving(make_host(workers=2)) as url:
-        assert httpx.get(f"{url}/health").json()["available_workers"] == 2
+    gate = threading.Event()  # no answer ends before the last request is there
+    with serving(make_host(workers=2, model=endless_model(gate=gate))) as url:
+        assert http.get(f"{url}/health").json()["available_workers"] == 2
         used: list[int] = []
 
         def ask() -> None:
-            used.append(
-                events(httpx.post(f"{url}/chat/completions", json={"messages": HELLO}, timeout=60))[0]["gpu"]
-            )
+            used.append(events(http.post(f"{url}/chat/completions", json={"messages": HELLO}))[0]["gpu"])
 
         threads = [threading.Thread(target=ask) for _ in range(8)]
         for thread in threads:
             thread.start()
+        wait_until(lambda: sum(w["requests"] for w in http.get(f"{url}/stats").json()["workers"]) == 8)
+        gate.set()
         for thread in threads:
             thread.join()
         assert sorted(set(used)) == [0, 1] and len(used) == 8
