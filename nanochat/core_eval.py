@@ -102,10 +102,18 @@ def load_bundle(directory: Path | None = None) -> list[CoreTask]:
         raise BundleMissing(
             f"CORE needs core.yaml and eval_meta_data.csv in {folder}; unzip {BUNDLE_URL} there"
         )
-    with meta.open(newline="", encoding="utf-8") as file:
-        chances = {row["Eval Task"]: float(row["Random baseline"]) / 100 for row in csv.DictReader(file)}
-    entries = yaml.safe_load(config.read_text(encoding="utf-8"))["icl_tasks"]
-    return [_task(entry, folder, chances) for entry in entries]
+    try:
+        with meta.open(newline="", encoding="utf-8") as file:
+            chances = {row["Eval Task"]: float(row["Random baseline"]) / 100 for row in csv.DictReader(file)}
+        entries = yaml.safe_load(config.read_text(encoding="utf-8"))["icl_tasks"]
+        return [_task(entry, folder, chances) for entry in entries]
+    except UserError:
+        raise
+    except (yaml.YAMLError, KeyError, TypeError, ValueError, IndexError) as error:
+        what = " ".join(f"{type(error).__name__}: {error}".split())
+        raise UserError(
+            f"core.yaml or eval_meta_data.csv in {folder} is damaged ({what[:120]}); unzip {BUNDLE_URL} again"
+        ) from None
 
 
 def _task(entry: dict[str, Any], folder: Path, chances: dict[str, float]) -> CoreTask:

@@ -172,14 +172,27 @@ def run_results(base: Path, run: str, source: str) -> dict[str, Any]:
 
 
 def stage(files: list[Staged], folder: Path) -> None:
-    """Write the release folder; of what is there only files staged earlier are removed."""
-    before = set(read_json(folder / STAGED).get("files", {}))
+    """Write the release folder; of what is there only files staged earlier, and as they were staged, make room.
+
+    Raises UserError, before anything is written, for a file of somebody else's in the way.
+    """
+    before = read_json(folder / STAGED).get("files", {})
     for file in files:
         target = folder / file.name
         if not target.resolve().is_relative_to(folder.resolve()):
             raise UserError(f"{file.name} would lie outside {folder}")
         if target.exists() and file.name not in before and not _same(file, target):
             raise UserError(f"{target} is there and was not staged by this command; move it away")
+    names = {file.name for file in files}
+    unwanted = [
+        folder / name
+        for name in sorted(before.keys() - names)
+        if (folder / name).parent.resolve().is_relative_to(folder.resolve()) and (folder / name).is_file()
+    ]
+    for target in (*unwanted, *(folder / file.name for file in files if not _same(file, folder / file.name))):
+        name = target.relative_to(folder).as_posix()
+        if name in before and target.is_file() and file_sha256(target) != before[name]:
+            raise UserError(f"{target} was changed since it was staged; move it away, or delete it")
     folder.mkdir(parents=True, exist_ok=True)
     for file in files:
         target = folder / file.name
@@ -188,10 +201,8 @@ def stage(files: list[Staged], folder: Path) -> None:
             write_atomic(target, file.source)
         elif file.source.resolve() != target.resolve():
             shutil.copyfile(file.source, target)
-    names = {file.name for file in files}
-    for name in before - names:
-        if (folder / name).parent.resolve().is_relative_to(folder.resolve()):
-            (folder / name).unlink(missing_ok=True)
+    for target in unwanted:
+        target.unlink()
     hashes = {name: file_sha256(folder / name) for name in sorted(names)}
     write_atomic(folder / STAGED, json.dumps({"files": hashes}, indent=1) + "\n")
 

@@ -197,6 +197,16 @@ def test_broken_bundles_are_named(bundle: Path) -> None:
         load_bundle(bundle)
 
 
+@pytest.mark.parametrize("text", ["", "icl_tasks: 3", "icl_tasks: [{label: a}]", "a: [", "icl_tasks:\n- 7"])
+@pytest.mark.parametrize("file", ["core.yaml", "eval_meta_data.csv"])
+def test_a_damaged_index_is_one_line(bundle: Path, file: str, text: str) -> None:
+    (bundle / file).write_text(text)
+    with pytest.raises(UserError) as caught:
+        load_bundle(bundle)
+    assert "\n" not in str(caught.value)
+    assert file in str(caught.value)
+
+
 def test_too_few_items_for_the_examples_are_refused(bundle: Path) -> None:
     tokenizer = ByteTokenizer()
     model = small_model(vocab_size=tokenizer.vocab_size)

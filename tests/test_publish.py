@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import threading
 from collections.abc import Iterator
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -107,18 +108,33 @@ def test_only_what_was_staged_is_ever_deleted(tmp_path: Path) -> None:
         stage([Staged("../x", b"")], folder)
 
 
+def test_a_staged_file_that_somebody_changed_is_neither_overwritten_nor_deleted(tmp_path: Path) -> None:
+    folder = tmp_path / "release"
+    stage([Staged("a.md", b"1"), Staged("b.md", b"2")], folder)
+    (folder / "a.md").write_bytes(b"mine")
+    for later in ([Staged("a.md", b"3")], [Staged("b.md", b"3")]):
+        with pytest.raises(UserError, match=r"a\.md was changed since it was staged"):
+            stage(later, folder)
+        assert (folder / "a.md").read_bytes() == b"mine" and (folder / "b.md").read_bytes() == b"2"
+    (folder / "a.md").write_bytes(b"4")
+    stage([Staged("a.md", b"4")], folder)  # what it would have become anyhow
+    assert [path.name for path in sorted(folder.iterdir())] == [".staged.json", "a.md"]
+
+
 def test_nothing_outside_the_release_folder_is_written_or_deleted(tmp_path: Path) -> None:
     """Whatever the list of an earlier time says, and wherever a folder of the release leads."""
     folder, outside = tmp_path / "release", tmp_path / "outside"
     outside.mkdir()
     (outside / "b.md").write_text("mine")
     stage([Staged("a.md", b"1")], folder)
+    mine = {
+        name: sha256(b"1" if name == "a.md" else b"mine").hexdigest()
+        for name in ("sub/b.md", "../outside/b.md", "a.md")
+    }
     (folder / "sub").symlink_to(outside)
     with pytest.raises(UserError, match="outside"):
         stage([Staged("sub/new.md", b"2")], folder)
-    (folder / ".staged.json").write_text(
-        json.dumps({"files": {"sub/b.md": "", "../outside/b.md": "", "a.md": ""}})
-    )
+    (folder / ".staged.json").write_text(json.dumps({"files": mine}))
     stage([Staged("c.md", b"3")], folder)
     assert (outside / "b.md").read_text() == "mine" and not (folder / "a.md").exists()
     assert [path.name for path in outside.iterdir()] == ["b.md"]
