@@ -41,6 +41,7 @@ def test_a_dry_run_prints_the_five_dashboards_and_needs_no_account(
         main(Config())
 
 
+@pytest.mark.filterwarnings("ignore:Pydantic V1 style:DeprecationWarning")  # of the package itself, on import
 def test_the_package_takes_every_panel() -> None:
     pytest.importorskip("wandb_workspaces", reason="needs the extra workspace")
     made = workspace(plan(Config(entity="me")))
