@@ -59,7 +59,7 @@ class Config(TrainConfig):
     final_lr_frac: float = 0.0
     """learning rate of the last step as a fraction of the highest"""
     max_grad_norm: float = 1.0
-    """gradients longer than this are shortened to it"""
+    """gradients longer than this are shortened to it; 0: none are"""
     eval_tokens: int = 10_485_760
     """tokens of one validation"""
     synthetic_share: float = 0.0

@@ -101,7 +101,7 @@ class Config(StageConfig):
     init_lr_frac: float = 0.05
     """first learning rate of muon as a fraction of the rates above"""
     max_grad_norm: float = 1.0
-    """gradients longer than this are shortened to it"""
+    """gradients longer than this are shortened to it; 0: none are"""
     num_epochs: int = 1
     """passes over the questions"""
     max_steps: int = -1
