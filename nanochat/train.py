@@ -139,7 +139,9 @@ def optimizer_step(
     grad_norm = optimizer.grad_norm()
     finite = torch.isfinite(total) & torch.isfinite(grad_norm)
     scale = torch.ones_like(grad_norm)
-    if max_grad_norm is not None and max_grad_norm > 0:  # 0 is off, as in nanochat; scaling by it would stop all learning
+    if (
+        max_grad_norm is not None and max_grad_norm > 0
+    ):  # 0 is off, as in nanochat; scaling by it would stop all learning
         scale = (max_grad_norm / (grad_norm + 1e-6)).clamp(max=1.0)
     scale = torch.where(finite & (count > 0), scale, 0.0)
     update_norm = optimizer.step(scale=scale, want_norm=want_update_norm)

@@ -117,7 +117,8 @@ def main(config: Config) -> None:
         "sequence_len": config.max_seq_len,
         "world": world,
     }
-    with open_stage("base", config, world, tag=config.model_tag or f"d{config.depth}") as stage:
+    tag = config.model_tag or f"d{config.depth}"
+    with open_stage("base", config, world, tag=tag, tokenizer=tokenizer.fingerprint) as stage:
         tell(stage.tracker, notes)
         stage.restore(model, optimizer)
         bpb = stage.remembered("val_bpb").get("val_bpb")

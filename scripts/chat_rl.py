@@ -188,7 +188,9 @@ def main(config: Config) -> None:
     num_steps = count_steps(config, len(questions))
     engine = Engine(policy, tokenizer, compiled=compiles(config.compile, world))
     optimizer = make_rl_optimizer(policy, config, world)
-    with open_stage("rl", config, world, tag=tag, parent=parent, record=record) as stage:
+    with open_stage(
+        "rl", config, world, tag=tag, parent=parent, tokenizer=tokenizer.fingerprint, record=record
+    ) as stage:
         tell(stage.tracker, notes)
         stage.restore(policy, optimizer)
         telemetry = Telemetry.of(

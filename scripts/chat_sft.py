@@ -71,7 +71,15 @@ def main(config: Config) -> None:
         compile_model(model)
     optimizer = optimizer_for(model, config, world)
     tag = config.save_tag or config.model_tag or find_tag(config.source)
-    with open_stage("sft", config, world, tag=tag, parent=parent, record=config.label) as stage:
+    with open_stage(
+        "sft",
+        config,
+        world,
+        tag=tag,
+        parent=parent,
+        tokenizer=tokenizer.fingerprint,
+        record=config.label,
+    ) as stage:
         tell(stage.tracker, notes)
         stage.restore(model, optimizer)
         losses: dict[str, float] = stage.remembered("val/")

@@ -150,7 +150,14 @@ def test_a_clip_of_zero_is_no_clip_and_the_model_learns() -> None:
         model, points = linear(), line(16)
         optimizer = make_adamw(model, lr=0.1, world=single(), eps=1.0)
         optimizer_step(
-            model, optimizer, [points], squares, normalizer=16, lr_scale=1.0, max_grad_norm=clip, world=single()
+            model,
+            optimizer,
+            [points],
+            squares,
+            normalizer=16,
+            lr_scale=1.0,
+            max_grad_norm=clip,
+            world=single(),
         )
         weights.append(model.weight.detach())
     assert not torch.equal(weights[0], linear().weight)
