@@ -102,6 +102,29 @@ def test_train_loses_rows_that_repeat_a_held_out_question(base: Path) -> None:
     }
 
 
+def test_held_out_questions_are_looked_for_where_an_evaluation_finds_them(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_rows(tmp_path / "data" / "aqua" / "train.jsonl", [RAW, *numbered(20)])
+    write_rows(base / "aqua" / "test.jsonl", [{**RAW, "question": "What is 3*7 ?"}])
+    monkeypatch.setenv("NANOCHAT_DATA_DIR", str(tmp_path / "data"))
+    assert AQUA("test").problems[0].question == "What is 3*7 ?"
+    assert AQUA("train").skipped == {"repeats a held-out question": 1}
+    # A file that was named stands for itself, and for no other split.
+    assert len(AQUA("train", path=tmp_path / "data" / "aqua" / "train.jsonl")) == 21
+
+
+def test_train_from_the_network_is_rid_of_held_out_questions_the_first_time(
+    base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake = with_hub(monkeypatch, [])
+    rows = {"train": [RAW, *numbered(20)], "validation": [RAW], "test": numbered(1)}
+    monkeypatch.setattr(fake, "load_dataset", lambda path, config, *, split: rows[split])
+    first, second = AQUA("train"), AQUA("train")
+    assert second.source.endswith("train.jsonl.gz")
+    assert first.problems == second.problems and first.skipped == {"repeats a held-out question": 2}
+
+
 def test_mathqa_is_added_on_demand_only(base: Path) -> None:
     write_rows(base / "aqua" / "train.jsonl", numbered(10))
     write_rows(base / "aqua" / "train_mathqa.jsonl.gz", numbered(30)[10:])
