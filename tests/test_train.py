@@ -280,6 +280,8 @@ def test_peak_flops_by_name() -> None:
     assert peak_flops("NVIDIA A100-SXM4-80GB") == 312e12
     assert peak_flops("NVIDIA A10") == 125e12
     assert peak_flops("NVIDIA GH200 480GB") == 989e12
+    assert peak_flops("NVIDIA L40S") == 362e12 and peak_flops("NVIDIA L4") == 121e12
+    assert peak_flops("NVIDIA RTX A4000") is None and peak_flops("NVIDIA RTX A1000 Laptop GPU") is None
     assert peak_flops("Abacus 3000") is None
 
 
