@@ -47,9 +47,12 @@ OPERATIONAL = {
 }  # fmt: skip
 
 
-def identity(config: StageConfig, parent: dict[str, Any] | None = None) -> str:
+def identity(config: StageConfig, parent: dict[str, Any] | None = None, *, num_ranks: int = 1) -> str:
     """A hash of what the result depends on: the settings that matter and the checkpoint that was started from."""
-    settings = {k: v for k, v in dataclasses.asdict(config).items() if k not in OPERATIONAL}
+    everything = dataclasses.asdict(config)
+    settings = {k: v for k, v in everything.items() if k not in OPERATIONAL}
+    if settings.get("total_batch_size", 0) < 0:  # then the microbatches are the step
+        settings["rows"] = everything["device_batch_size"] * num_ranks
     came_from = {} if parent is None else {name: entry["sha256"] for name, entry in _model_file(parent)}
     text = json.dumps([type(config).__module__, settings, came_from], sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
@@ -245,7 +248,7 @@ def open_stage(
     `tokenizer` is the fingerprint of the one that it trains with: a checkpoint of another one is not gone on from.
     `record` names its folder in the run directory, by default as the stage.
     """
-    made_by = identity(config, parent)
+    made_by = identity(config, parent, num_ranks=world.size)
     with ExitStack() as held:
         _hold(held, source, tag, world)
         yield from _opened(

@@ -147,11 +147,12 @@ def main(config: Config) -> None:
             max_grad_norm=config.max_grad_norm,
         ):
             stage.report(step, num_steps, model, config.max_seq_len)
-            if step.due(config.eval_every):
+            measured = step.due(config.eval_every)
+            if measured:
                 bpb = text_bpb(model, tokenizer, split="val", num_tokens=config.eval_tokens, **shape)
                 stage.log(step.index, {} if bpb is None else {"val/bpb": bpb})
             if stage.saves(step):
-                best = None if bpb is None else -bpb
+                best = -bpb if measured and bpb is not None else None  # an older value is of other weights
                 stage.save(
                     step.index, model, optimizer, data_state=batches.state(), best_value=best, val_bpb=bpb
                 )

@@ -226,3 +226,12 @@ def test_what_is_only_looked_at_does_not_make_another_run() -> None:
     one = Config(kl_every=5, attn_every=-1, eval_samples=0)
     assert identity(one) == identity(dataclasses.replace(one, kl_every=9, attn_html=True, kl_batch=2))
     assert identity(one) != identity(dataclasses.replace(one, kl_coef=0.1))
+
+
+def test_microbatches_make_another_run_only_where_they_are_the_whole_step() -> None:
+    def made_by(total: int, rows: int, num_ranks: int) -> str:
+        config = TrainConfig(total_batch_size=total, device_batch_size=rows)
+        return identity(config, num_ranks=num_ranks)
+
+    assert made_by(4096, 8, 1) == made_by(4096, 4, 2) == made_by(4096, 2, 1)
+    assert made_by(-1, 8, 1) == made_by(-1, 4, 2) != made_by(-1, 4, 1)
