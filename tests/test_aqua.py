@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import json
 import time
 from pathlib import Path
 from typing import Any
@@ -165,6 +166,15 @@ def test_what_comes_over_the_network_is_kept(base: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr("tasks.aqua.hub_rows", lambda hub, name, tried: pytest.fail("asked again"))
     second = AQUA("test")
     assert second.problems == first.problems and second.source.endswith("test.jsonl.gz")
+
+
+def test_a_line_break_of_unicode_inside_a_row_ends_no_line(
+    base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [{**RAW, "question": "one\u2028two\u0085three?"}, *numbered(3)]
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    monkeypatch.setattr("tasks.aqua.fetch_bytes", lambda url: text.encode())
+    assert len(AQUA("test")) == 4
 
 
 def test_the_hub_is_asked_for_the_raw_config_by_name(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
