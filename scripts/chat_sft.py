@@ -29,7 +29,7 @@ class Config(ConversationConfig):
     aqua_train_examples: int = 20_000
     """rows of AQuA, or all there are"""
     aqua_val_examples: int = 254
-    """rows of AQuA's validation split in one validation"""
+    """rows of AQuA's validation split in one validation; -1: all"""
     total_batch_size: int = 65_536
     """tokens of one optimizer step over all ranks; -1: one microbatch on every rank, so more of them with more ranks"""
     save_tag: str = ""
@@ -123,10 +123,9 @@ def validation_tasks(config: Config) -> list[Task]:
     from tasks.rows import DataUnavailable
 
     tasks: list[Task] = []
+    count = None if config.aqua_val_examples < 0 else config.aqua_val_examples
     with suppress(DataUnavailable):  # the mixture has said so already
-        tasks.append(
-            limit(open_task("AQUA", "validation", aqua_path=config.aqua_path), config.aqua_val_examples)
-        )
+        tasks.append(limit(open_task("AQUA", "validation", aqua_path=config.aqua_path), count))
     if config.synthetic_examples > 0 or not tasks:
         tasks.append(limit(open_task("SYNTHETIC", "validation", seed=config.seed), 256))
     return tasks

@@ -82,7 +82,7 @@ KNOBS: tuple[Knob, ...] = (
     Knob("SFT_BATCH_TOKENS",     "tokens of an optimizer step",                               (65_536, 65_536, 8_192, 2_048)),
     Knob("SFT_ITERATIONS",       "steps; -1: one pass over the mixture",                      (-1, -1, 650, 6)),
     Knob("AQUA_TRAIN_EXAMPLES",  "AQuA rows in sft",                                          (20_000, 20_000, 20_000, 64)),
-    Knob("AQUA_VAL_EXAMPLES",    "AQuA rows that sft is validated on",                        (254, 254, 254, 16)),
+    Knob("AQUA_VAL_EXAMPLES",    "AQuA rows that sft is validated on; -1: all",               (254, 254, 254, 16)),
     Knob("SYNTHETIC_EXAMPLES",   "built-in word problems in mid and sft; -1: only where AQuA cannot be had", (-1, -1, 20_000, 256)),
     Knob("OTHER_EXAMPLES",       "most conversations of each other part of mid and sft; -1: as it has them", (-1, -1, 1_000, 64)),
     # rl

@@ -229,3 +229,11 @@ def test_the_majority_letter_of_dev_is_the_published_one(monkeypatch: pytest.Mon
     majority = AQUA("validation").majority()
     assert majority.counts == {"A": 69, "B": 66, "C": 43, "D": 50, "E": 26}
     assert round(majority.share, 4) == 0.2717
+
+
+def test_sft_validates_on_as_many_rows_as_asked_and_on_all_for_minus_one(base: Path) -> None:
+    from scripts.chat_sft import Config, validation_tasks
+
+    write_rows(base / "aqua" / "dev.jsonl", numbered(9))
+    for asked, count in ((4, 4), (-1, 9)):
+        assert len(validation_tasks(Config(aqua_val_examples=asked))[0]) == count
