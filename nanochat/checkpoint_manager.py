@@ -208,7 +208,15 @@ def load_model(
             f"the tokenizer in {base_dir() / 'tokenizer'} has {tokenizer.vocab_size:,} tokens, checkpoint {checkpoint} "
             f"was trained with {model.config.vocab_size:,}; put its own tokenizer there, or train anew"
         )
-    return model.train(phase == "train"), tokenizer, checkpoint.meta()
+    meta = checkpoint.meta()
+    if (
+        "tokenizer" in meta and meta["tokenizer"] != tokenizer.fingerprint
+    ):  # older checkpoints do not name theirs
+        raise UserError(
+            f"the tokenizer in {base_dir() / 'tokenizer'} is not the one that checkpoint {checkpoint} was trained with, "
+            "though it has as many tokens; put its own tokenizer there (scripts.tok_train with its flags), or train anew"
+        )
+    return model.train(phase == "train"), tokenizer, meta
 
 
 def load_optimizer(checkpoint: Checkpoint, optimizer: MuonAdamW) -> None:

@@ -112,7 +112,7 @@ class ConversationConfig(TrainConfig):
     warmdown_ratio: float = 0.4
     """share of the steps, at the end, in which the learning rate falls"""
     max_grad_norm: float = 1.0
-    """gradients longer than this are shortened to it"""
+    """gradients longer than this are shortened to it; 0: none are"""
 
 
 def cli(config: type[ConfigT], argv: list[str] | None = None) -> ConfigT:

@@ -159,7 +159,10 @@ def evaluate_task(
     token_budget: int = 16_384,
 ) -> TaskScore:
     """Accuracy of one task, its items shared out over the ranks."""
-    items = [json.loads(line) for line in task.path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    lines = task.path.read_text(encoding="utf-8").split(
+        "\n"
+    )  # splitlines cuts at U+2028 and U+0085, inside an item
+    items = [json.loads(line) for line in lines if line.strip()]
     random.Random(SHUFFLE_SEED).shuffle(items)
     items = items[:max_items] if max_items > 0 else items
     if len(items) <= task.num_fewshot:

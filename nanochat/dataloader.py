@@ -255,6 +255,11 @@ class ConversationBatches(Iterator[Batch]):
         """Rows of the epoch that is running, all ranks together."""
         return len(self._plan)
 
+    def rows_of(self, epochs: int) -> int:
+        """Rows of the first `epochs` epochs, which differ by a few; the same wherever the run stands."""
+        plans = (self._plan if epoch == self._epoch else self._planned(epoch) for epoch in range(epochs))
+        return sum(map(len, plans))
+
     @property
     def epoch(self) -> float:
         """Epochs read so far, with the fraction of the running one."""

@@ -47,9 +47,12 @@ OPERATIONAL = {
 }  # fmt: skip
 
 
-def identity(config: StageConfig, parent: dict[str, Any] | None = None) -> str:
+def identity(config: StageConfig, parent: dict[str, Any] | None = None, *, num_ranks: int = 1) -> str:
     """A hash of what the result depends on: the settings that matter and the checkpoint that was started from."""
-    settings = {k: v for k, v in dataclasses.asdict(config).items() if k not in OPERATIONAL}
+    everything = dataclasses.asdict(config)
+    settings = {k: v for k, v in everything.items() if k not in OPERATIONAL}
+    if settings.get("total_batch_size", 0) < 0:  # then the microbatches are the step
+        settings["rows"] = everything["device_batch_size"] * num_ranks
     came_from = {} if parent is None else {name: entry["sha256"] for name, entry in _model_file(parent)}
     text = json.dumps([type(config).__module__, settings, came_from], sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
@@ -71,10 +74,11 @@ class Stage:
         *,
         tag: str,
         made_by: str,
+        tokenizer: str,
         resumed: Checkpoint | None,
     ) -> None:
         self.source, self.config, self.world, self.tracker, self.tag = source, config, world, tracker, tag
-        self._made_by, self._resumed = made_by, resumed
+        self._made_by, self._tokenizer, self._resumed = made_by, tokenizer, resumed
         self._meta: dict[str, Any] = resumed.meta() if resumed else {}
         self.start: int = self._meta.get("step", 0)
         """steps that are done already"""
@@ -203,6 +207,7 @@ class Stage:
                 **meta,
                 "user_config": dataclasses.asdict(self.config),
                 "identity": self._made_by,
+                **({"tokenizer": self._tokenizer} if self._tokenizer else {}),
                 "data_state": merged,
                 "best_value": self.best,
                 "guard": self.guard.state(),
@@ -235,16 +240,20 @@ def open_stage(
     *,
     tag: str,
     parent: dict[str, Any] | None = None,
+    tokenizer: str = "",
     record: str = "",
 ) -> Iterator[Stage]:
     """The stage `source` under the model tag `tag`; `parent` is the meta of the checkpoint that it starts from.
 
+    `tokenizer` is the fingerprint of the one that it trains with: a checkpoint of another one is not gone on from.
     `record` names its folder in the run directory, by default as the stage.
     """
-    made_by = identity(config, parent)
+    made_by = identity(config, parent, num_ranks=world.size)
     with ExitStack() as held:
         _hold(held, source, tag, world)
-        yield from _opened(source, config, world, tag=tag, made_by=made_by, record=record or source)
+        yield from _opened(
+            source, config, world, tag=tag, made_by=made_by, tokenizer=tokenizer, record=record or source
+        )
 
 
 def _hold(held: ExitStack, source: str, tag: str, world: World) -> None:
@@ -260,12 +269,14 @@ def _hold(held: ExitStack, source: str, tag: str, world: World) -> None:
 
 
 def _opened(
-    source: str, config: Any, world: World, *, tag: str, made_by: str, record: str
+    source: str, config: Any, world: World, *, tag: str, made_by: str, tokenizer: str, record: str
 ) -> Iterator[Stage]:
-    resumed = _own_checkpoint(source, tag, made_by, config.resume, world)
+    resumed = _own_checkpoint(source, tag, made_by, tokenizer, config.resume, world)
     resume_step = resumed.step + 1 if resumed else None
     with open_run(record, config, world, resume_step=resume_step) as tracker:
-        stage = Stage(source, config, world, tracker, tag=tag, made_by=made_by, resumed=resumed)
+        stage = Stage(
+            source, config, world, tracker, tag=tag, made_by=made_by, tokenizer=tokenizer, resumed=resumed
+        )
         with stage.requests:
             try:
                 yield stage
@@ -276,17 +287,22 @@ def _opened(
         print0(f"{record}: at most {peak_memory_mb(world.device):,.0f} MB of memory on this rank")
 
 
-def _own_checkpoint(source: str, tag: str, made_by: str, resume: bool, world: World) -> Checkpoint | None:
+def _own_checkpoint(
+    source: str, tag: str, made_by: str, tokenizer: str, resume: bool, world: World
+) -> Checkpoint | None:
     """The newest whole checkpoint of this very stage; what others left under the tag is moved aside."""
     found = checkpoints.newest(source, tag)
-    if found is not None and resume and found.meta().get("identity") == made_by:
+    meta = found.meta() if found else {}
+    same_tokenizer = meta.get("tokenizer", tokenizer) == tokenizer  # older checkpoints do not name theirs
+    if found is not None and resume and meta.get("identity") == made_by and same_tokenizer:
         return found
     world.barrier()  # nobody moves the folder while another still looks into it
     folder = checkpoints.checkpoint_folder(source, tag)
     if world.main and folder.is_dir() and any(folder.iterdir()):
         aside = folder.with_name(f"{tag}.before-{datetime.now():%Y%m%d-%H%M%S}")
         folder.rename(aside)
-        why = "they were made with other settings" if found else "none of them is whole"
+        other = "other settings" if same_tokenizer else "another tokenizer"
+        why = f"they were made with {other}" if found else "none of them is whole"
         why = why if resume else "--resume=0 starts anew"
         print0(f"checkpoints of {source} {tag} moved to {aside}: {why}")
     world.barrier()

@@ -45,7 +45,7 @@ def supervised_steps(
     if config.num_iterations >= 0:
         return config.num_iterations
     rows_per_step = config.device_batch_size * grad_accum * world.size
-    return max(1, config.num_epochs * batches.num_rows // rows_per_step)
+    return max(1, batches.rows_of(config.num_epochs) // rows_per_step)
 
 
 class Rates(Protocol):

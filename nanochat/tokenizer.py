@@ -13,6 +13,7 @@ Files are nanochat/tokenizer_files.py, the reading of conversations is nanochat/
 
 from __future__ import annotations
 
+import hashlib
 import io
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -156,6 +157,12 @@ class Tokenizer:
             {name: len(pieces) + index for index, name in enumerate(SPECIALS)},
             pattern,
         )
+
+    @property
+    def fingerprint(self) -> str:
+        """A hash of tokens, special tokens and pattern: models trained with another one read nonsense."""
+        text = to_json(Vocabulary(self._ranks, dict(sorted(self._specials.items())), self.pattern))
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def save(self, directory: Path) -> None:
         """Write tokenizer.json and, for other nanochats, token_bytes.pt."""

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+import re
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -36,6 +37,8 @@ LossFn = Callable[[Any, Any], Tensor]
 
 # Dense bf16 products per second with fp32 sums, from the makers' data sheets; the first name that fits counts.
 PEAK_FLOPS = (
+    ("GB300", 2.5e15),
+    ("GB200", 2.5e15),
     ("B300", 2.25e15),
     ("B200", 2.25e15),
     ("GH200", 989e12),
@@ -61,7 +64,8 @@ PEAK_FLOPS = (
 
 def peak_flops(device_name: str) -> float | None:
     """What the device could compute per second in bf16, by torch.cuda.get_device_name; None where unknown."""
-    return next((flops for name, flops in PEAK_FLOPS if name in device_name), None)
+    # whole words: an A4000 is no A40
+    return next((flops for name, flops in PEAK_FLOPS if re.search(rf"\b{name}\b", device_name)), None)
 
 
 class Microbatch(Protocol):
@@ -139,7 +143,9 @@ def optimizer_step(
     grad_norm = optimizer.grad_norm()
     finite = torch.isfinite(total) & torch.isfinite(grad_norm)
     scale = torch.ones_like(grad_norm)
-    if max_grad_norm is not None:
+    if (
+        max_grad_norm is not None and max_grad_norm > 0
+    ):  # 0 is off, as in nanochat; scaling by it would stop all learning
         scale = (max_grad_norm / (grad_norm + 1e-6)).clamp(max=1.0)
     scale = torch.where(finite & (count > 0), scale, 0.0)
     update_norm = optimizer.step(scale=scale, want_norm=want_update_norm)

@@ -59,7 +59,7 @@ class Config(TrainConfig):
     final_lr_frac: float = 0.0
     """learning rate of the last step as a fraction of the highest"""
     max_grad_norm: float = 1.0
-    """gradients longer than this are shortened to it"""
+    """gradients longer than this are shortened to it; 0: none are"""
     eval_tokens: int = 10_485_760
     """tokens of one validation"""
     synthetic_share: float = 0.0
@@ -117,7 +117,8 @@ def main(config: Config) -> None:
         "sequence_len": config.max_seq_len,
         "world": world,
     }
-    with open_stage("base", config, world, tag=config.model_tag or f"d{config.depth}") as stage:
+    tag = config.model_tag or f"d{config.depth}"
+    with open_stage("base", config, world, tag=tag, tokenizer=tokenizer.fingerprint) as stage:
         tell(stage.tracker, notes)
         stage.restore(model, optimizer)
         bpb = stage.remembered("val_bpb").get("val_bpb")
@@ -146,11 +147,12 @@ def main(config: Config) -> None:
             max_grad_norm=config.max_grad_norm,
         ):
             stage.report(step, num_steps, model, config.max_seq_len)
-            if step.due(config.eval_every):
+            measured = step.due(config.eval_every)
+            if measured:
                 bpb = text_bpb(model, tokenizer, split="val", num_tokens=config.eval_tokens, **shape)
                 stage.log(step.index, {} if bpb is None else {"val/bpb": bpb})
             if stage.saves(step):
-                best = None if bpb is None else -bpb
+                best = -bpb if measured and bpb is not None else None  # an older value is of other weights
                 stage.save(
                     step.index, model, optimizer, data_state=batches.state(), best_value=best, val_bpb=bpb
                 )

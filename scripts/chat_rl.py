@@ -101,7 +101,7 @@ class Config(StageConfig):
     init_lr_frac: float = 0.05
     """first learning rate of muon as a fraction of the rates above"""
     max_grad_norm: float = 1.0
-    """gradients longer than this are shortened to it"""
+    """gradients longer than this are shortened to it; 0: none are"""
     num_epochs: int = 1
     """passes over the questions"""
     max_steps: int = -1
@@ -188,7 +188,9 @@ def main(config: Config) -> None:
     num_steps = count_steps(config, len(questions))
     engine = Engine(policy, tokenizer, compiled=compiles(config.compile, world))
     optimizer = make_rl_optimizer(policy, config, world)
-    with open_stage("rl", config, world, tag=tag, parent=parent, record=record) as stage:
+    with open_stage(
+        "rl", config, world, tag=tag, parent=parent, tokenizer=tokenizer.fingerprint, record=record
+    ) as stage:
         tell(stage.tracker, notes)
         stage.restore(policy, optimizer)
         telemetry = Telemetry.of(

@@ -29,7 +29,7 @@ class Config(ConversationConfig):
     aqua_train_examples: int = 20_000
     """rows of AQuA, or all there are"""
     aqua_val_examples: int = 254
-    """rows of AQuA's validation split in one validation"""
+    """rows of AQuA's validation split in one validation; -1: all"""
     total_batch_size: int = 65_536
     """tokens of one optimizer step over all ranks; -1: one microbatch on every rank, so more of them with more ranks"""
     save_tag: str = ""
@@ -71,7 +71,15 @@ def main(config: Config) -> None:
         compile_model(model)
     optimizer = optimizer_for(model, config, world)
     tag = config.save_tag or config.model_tag or find_tag(config.source)
-    with open_stage("sft", config, world, tag=tag, parent=parent, record=config.label) as stage:
+    with open_stage(
+        "sft",
+        config,
+        world,
+        tag=tag,
+        parent=parent,
+        tokenizer=tokenizer.fingerprint,
+        record=config.label,
+    ) as stage:
         tell(stage.tracker, notes)
         stage.restore(model, optimizer)
         losses: dict[str, float] = stage.remembered("val/")
@@ -115,10 +123,9 @@ def validation_tasks(config: Config) -> list[Task]:
     from tasks.rows import DataUnavailable
 
     tasks: list[Task] = []
+    count = None if config.aqua_val_examples < 0 else config.aqua_val_examples
     with suppress(DataUnavailable):  # the mixture has said so already
-        tasks.append(
-            limit(open_task("AQUA", "validation", aqua_path=config.aqua_path), config.aqua_val_examples)
-        )
+        tasks.append(limit(open_task("AQUA", "validation", aqua_path=config.aqua_path), count))
     if config.synthetic_examples > 0 or not tasks:
         tasks.append(limit(open_task("SYNTHETIC", "validation", seed=config.seed), 256))
     return tasks

@@ -58,7 +58,8 @@ def main(config: Config) -> None:
     if compiles(config.compile, world):
         compile_model(model)
     optimizer = optimizer_for(model, config, world)
-    with open_stage("mid", config, world, tag=config.model_tag or find_tag("base"), parent=parent) as stage:
+    tag = config.model_tag or find_tag("base")
+    with open_stage("mid", config, world, tag=tag, parent=parent, tokenizer=tokenizer.fingerprint) as stage:
         tell(stage.tracker, notes)
         stage.restore(model, optimizer)
         bpb = stage.remembered("val_bpb").get("val_bpb")

@@ -219,9 +219,9 @@ def work(settings: Settings) -> list[Work]:
         steps = steps if steps != -1 else max(1, whole // batch)
         stages.append(Work(stage.lower(), steps, steps * batch, per_token * steps * batch))
     steps = int(settings["RL_STEPS"])
-    steps = (
-        steps if steps != -1 else int(settings["AQUA_TRAIN_EXAMPLES"]) // int(settings["EXAMPLES_PER_STEP"])
-    )
+    if steps == -1:
+        questions = presets.RL_QUESTIONS[str(settings["RL_DATASET"] or "AQUA")]
+        steps = max(1, questions // int(settings["EXAMPLES_PER_STEP"]))
     length = presets.PROMPT_TOKENS + int(settings["MAX_NEW_TOKENS"])
     tokens = steps * int(settings["EXAMPLES_PER_STEP"]) * int(settings["NUM_SAMPLES"]) * length
     flops = tokens * flops_per_token(config, length) * 4 / 3  # sampled with a forward pass, then trained
@@ -260,9 +260,11 @@ def describe(settings: Settings, machine: Machine) -> str:
         f"{'on':14}{'one: time':>12}{'dollars':>9}{'eight: time':>14}{'dollars':>9}",
         *(_price(settings, stages, gpu) for gpu in GPUS if memory_gib(settings, 1) < 0.85 * gpu.memory_gib),
     ]
-    gpu = machine.gpu if uses_gpus(settings, machine) else None
-    if gpu or settings["DEVICE_TYPE"] != "cuda":
-        time = seconds(settings, stages, gpu, nproc)
+    on_gpus = uses_gpus(settings, machine)
+    gpu = machine.gpu if on_gpus else None
+    if gpu or not (on_gpus or settings["DEVICE_TYPE"] == "cuda"):
+        # on a CPU the processes share all cores out (THREADS)
+        time = seconds(settings, stages, gpu, nproc if gpu else machine.num_cores)
         price = f", {time / 3600 * nproc * gpu.dollars_per_hour:.2f} dollars" if gpu else ""
         lines.append(f"this machine: about {_time(time)}{price}")
     share = presets.TRAIN_EFFICIENCY if gpu else presets.CPU_EFFICIENCY

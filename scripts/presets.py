@@ -82,7 +82,7 @@ KNOBS: tuple[Knob, ...] = (
     Knob("SFT_BATCH_TOKENS",     "tokens of an optimizer step",                               (65_536, 65_536, 8_192, 2_048)),
     Knob("SFT_ITERATIONS",       "steps; -1: one pass over the mixture",                      (-1, -1, 650, 6)),
     Knob("AQUA_TRAIN_EXAMPLES",  "AQuA rows in sft",                                          (20_000, 20_000, 20_000, 64)),
-    Knob("AQUA_VAL_EXAMPLES",    "AQuA rows that sft is validated on",                        (254, 254, 254, 16)),
+    Knob("AQUA_VAL_EXAMPLES",    "AQuA rows that sft is validated on; -1: all",               (254, 254, 254, 16)),
     Knob("SYNTHETIC_EXAMPLES",   "built-in word problems in mid and sft; -1: only where AQuA cannot be had", (-1, -1, 20_000, 256)),
     Knob("OTHER_EXAMPLES",       "most conversations of each other part of mid and sft; -1: as it has them", (-1, -1, 1_000, 64)),
     # rl
@@ -138,7 +138,7 @@ class Gpu:
 
 GPUS: tuple[Gpu, ...] = (
     Gpu("B200", r"B200", 180, 2250, 8000, 4.99),
-    Gpu("H200", r"H200", 141, 989, 4800, 3.79),
+    Gpu("H200", r"\bH200", 141, 989, 4800, 3.79),
     Gpu("GH200", r"GH200", 96, 989, 4000, 1.49),
     Gpu("H100", r"H100", 80, 989, 3350, 2.99),
     Gpu("A100 80 GB", r"A100.*80", 80, 312, 2039, 1.79),
@@ -160,6 +160,7 @@ CHARS_PER_SHARD = 250_000_000
 MID_TOKENS = 400_000_000  # one pass over the whole mid-training mixture, roughly
 SFT_TOKENS = 20_000_000  # and over the SFT mixture
 PROMPT_TOKENS = 120  # of an AQuA question with its options
+RL_QUESTIONS = {"AQUA": 90_000, "GSM8K": 7_005, "SYNTHETIC": 100_000}  # of one pass, where RL_STEPS is -1
 
 
 @dataclass(frozen=True, slots=True)

@@ -96,12 +96,17 @@ stage() {
   marker=$MARKERS/$MODEL_TAG/$name log=$LOGS/$name.log
   [ "$NODE_RANK" = 0 ] || log=$LOGS/$name.node$NODE_RANK.log
   case "$name" in tok_*) marker=$MARKERS/$name ;; esac
-  [ -n "${FORCE:-}" ] || [ "$name" = report ] || [ "$(cat "$marker" 2>/dev/null)" != "$key" ] || decision=skip
+  [ "$name" = report ] || [ "$(cat "$marker" 2>/dev/null)" != "$key" ] || decision=skip
+  [ -z "${FORCE:-}" ] || decision=anew
   decision=$(agree "$name" "$decision") || return
   if [ "$decision" = skip ]; then
     printf '== %s: finished earlier with these settings\n' "$name"
     return
   fi
+  # A training stage that is merely run again goes on from its own last checkpoint, that is, does nothing.
+  case "$decision:${module#scripts.}" in
+    anew:base_train | anew:mid_train | anew:chat_sft | anew:chat_rl) command+=(--resume=0) ;;
+  esac
   mkdir -p "$LOGS" "${marker%/*}"
   rm -f "$marker"
   {

@@ -15,6 +15,7 @@ from __future__ import annotations
 import functools
 import json
 import os
+from contextlib import suppress
 from pathlib import Path
 
 from nanochat.common import UserError, base_dir, data_dir, derive_seed
@@ -103,7 +104,7 @@ def _download(split: str, tried: list[str]) -> Rows[Problem]:
         url = REPOSITORY.format("dev" if split == "validation" else split)
         try:
             text = fetch_bytes(url).decode()
-            raw, source = [json.loads(line) for line in text.splitlines() if line.strip()], url
+            raw, source = [json.loads(line) for line in text.split("\n") if line.strip()], url
         except ValueError as second:  # UserError of the fetch, or text that is not JSON lines
             raise DataUnavailable("AQUA", [*error.tried, str(second)]) from None
     rows = parse_rows(
@@ -113,12 +114,26 @@ def _download(split: str, tried: list[str]) -> Rows[Problem]:
     return rows
 
 
+def _held_out(folder: Path, path: str | Path | None, *, local: bool) -> list[Problem]:
+    """Validation and test rows, from wherever an evaluation would take them: beside the train file or elsewhere."""
+    named = path is not None and Path(path).is_file()
+    folders = dict.fromkeys([folder, *([] if named else aqua_folders(path))])
+    found: list[Problem] = []
+    for split in ("validation", "test"):
+        if not local:  # train came over the network, so these may not be here yet
+            with suppress(DataUnavailable):
+                load_problems(split, path)
+        files = (find_file(place, FILE_NAMES[split]) for place in folders)
+        found += [problem for file in files if file for problem in read_problems(file).items]
+    return found
+
+
 class AQUA(MultipleChoice):
     """
     AQuA-RAT as a task: `AQUA("train", stop=20_000)`.
 
-    Train is shuffled by `seed` (files come sorted by origin), rid of rows that repeat a validation or test question lying
-    in the same folder, and, with `permute_seed`, has the options of each row in an order of their own. `include_mathqa`
+    Train is shuffled by `seed` (files come sorted by origin), rid of rows that repeat a validation or test question,
+    wherever an evaluation would find those, and, with `permute_seed`, has the options of each row in an order of their own. `include_mathqa`
     adds train_mathqa, a lower-cased re-annotation whose labels are noisy. Validation and test stay in file order.
     """
 
@@ -153,7 +168,8 @@ class AQUA(MultipleChoice):
     def _train_rows(
         self, problems: list[Problem], path: str | Path | None, include_mathqa: bool
     ) -> list[Problem]:
-        folder = Path(self.source).parent if Path(self.source).is_file() else base_dir() / "aqua"
+        local = Path(self.source).is_file()
+        folder = Path(self.source).parent if local else base_dir() / "aqua"
         if include_mathqa:
             extra = find_file(folder, ["train_mathqa"])
             if extra is None:
@@ -164,11 +180,7 @@ class AQUA(MultipleChoice):
             self.bad_rows += rows.bad
             for why, count in rows.skipped.items():
                 self.skipped[why] = self.skipped.get(why, 0) + count
-        held_out: list[Problem] = []
-        for split in ("validation", "test"):
-            if beside := find_file(folder, FILE_NAMES[split]):
-                held_out += read_problems(beside).items
-        problems, dropped = deduplicate(problems, held_out)
+        problems, dropped = deduplicate(problems, _held_out(folder, path, local=local))
         self.skipped.update(dropped)
         return problems
 

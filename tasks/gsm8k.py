@@ -18,7 +18,7 @@ from tasks.common import Conversation, Hub, Task, load_rows
 from tasks.rows import BadRow
 
 _CALL = re.compile(r"<<([^<>=]+)=([^<>]*)>>")
-_FINAL = re.compile(r"####[ \t]*(?:\$[ \t]*)?([-+]?(?:\d[\d,]*)?\.?\d+)(?![\w/])")
+_FINAL = re.compile(r"####[ \t]*(?:\$[ \t]*)?([-+]?(?:\d[\d,]*)?\.?\d+)(?![\w/]|[.,]\d)")
 
 
 def parse_number(text: str) -> str | None:

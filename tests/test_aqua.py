@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import json
 import time
 from pathlib import Path
 from typing import Any
@@ -102,6 +103,29 @@ def test_train_loses_rows_that_repeat_a_held_out_question(base: Path) -> None:
     }
 
 
+def test_held_out_questions_are_looked_for_where_an_evaluation_finds_them(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_rows(tmp_path / "data" / "aqua" / "train.jsonl", [RAW, *numbered(20)])
+    write_rows(base / "aqua" / "test.jsonl", [{**RAW, "question": "What is 3*7 ?"}])
+    monkeypatch.setenv("NANOCHAT_DATA_DIR", str(tmp_path / "data"))
+    assert AQUA("test").problems[0].question == "What is 3*7 ?"
+    assert AQUA("train").skipped == {"repeats a held-out question": 1}
+    # A file that was named stands for itself, and for no other split.
+    assert len(AQUA("train", path=tmp_path / "data" / "aqua" / "train.jsonl")) == 21
+
+
+def test_train_from_the_network_is_rid_of_held_out_questions_the_first_time(
+    base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake = with_hub(monkeypatch, [])
+    rows = {"train": [RAW, *numbered(20)], "validation": [RAW], "test": numbered(1)}
+    monkeypatch.setattr(fake, "load_dataset", lambda path, config, *, split: rows[split])
+    first, second = AQUA("train"), AQUA("train")
+    assert second.source.endswith("train.jsonl.gz")
+    assert first.problems == second.problems and first.skipped == {"repeats a held-out question": 2}
+
+
 def test_mathqa_is_added_on_demand_only(base: Path) -> None:
     write_rows(base / "aqua" / "train.jsonl", numbered(10))
     write_rows(base / "aqua" / "train_mathqa.jsonl.gz", numbered(30)[10:])
@@ -142,6 +166,15 @@ def test_what_comes_over_the_network_is_kept(base: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr("tasks.aqua.hub_rows", lambda hub, name, tried: pytest.fail("asked again"))
     second = AQUA("test")
     assert second.problems == first.problems and second.source.endswith("test.jsonl.gz")
+
+
+def test_a_line_break_of_unicode_inside_a_row_ends_no_line(
+    base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [{**RAW, "question": "one\u2028two\u0085three?"}, *numbered(3)]
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    monkeypatch.setattr("tasks.aqua.fetch_bytes", lambda url: text.encode())
+    assert len(AQUA("test")) == 4
 
 
 def test_the_hub_is_asked_for_the_raw_config_by_name(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -196,3 +229,11 @@ def test_the_majority_letter_of_dev_is_the_published_one(monkeypatch: pytest.Mon
     majority = AQUA("validation").majority()
     assert majority.counts == {"A": 69, "B": 66, "C": 43, "D": 50, "E": 26}
     assert round(majority.share, 4) == 0.2717
+
+
+def test_sft_validates_on_as_many_rows_as_asked_and_on_all_for_minus_one(base: Path) -> None:
+    from scripts.chat_sft import Config, validation_tasks
+
+    write_rows(base / "aqua" / "dev.jsonl", numbered(9))
+    for asked, count in ((4, 4), (-1, 9)):
+        assert len(validation_tasks(Config(aqua_val_examples=asked))[0]) == count

@@ -38,6 +38,7 @@ from tests.gloo import run_ranks, single
 
 class FakeTokenizer:
     vocab_size = 61
+    fingerprint = "ours"
 
 
 @pytest.fixture(autouse=True)
@@ -367,6 +368,17 @@ def test_a_pickle_that_would_run_code_is_refused(base: Path, monkeypatch: pytest
     with pytest.raises(RefusedCheckpoint, match="model_000001.pt cannot be read: UnpicklingError"):
         load_model("sft", device="cpu")
     assert not (base / "owned").exists()
+
+
+def test_a_tokenizer_of_the_same_size_but_other_tokens_is_refused() -> None:
+    for step, meta in enumerate(({}, {"tokenizer": "ours"}), start=1):
+        save("sft", "d3", step, model=tiny_gpt(), meta=meta, world=single())
+        assert load_model("sft", device="cpu")[2]["step"] == step
+    save("sft", "d3", 3, model=tiny_gpt(), meta={"tokenizer": "theirs"}, world=single())
+    with pytest.raises(
+        UserError, match="is not the one that checkpoint chatsft_checkpoints/d3 step 3 was trained with"
+    ):
+        load_model("sft", device="cpu")
 
 
 def test_a_tokenizer_of_another_size_is_named() -> None:

@@ -14,8 +14,10 @@ from hypothesis import strategies as st
 from packing_fakes import END, Bytes, Ranked, same, texts_of, world
 
 from nanochat.common import UserError, World
+from nanochat.config import ConversationConfig
 from nanochat.curriculum import InTurn
 from nanochat.dataloader import Batch, conversation_batches, document_batches, merge_states
+from nanochat.supervised import supervised_steps
 
 
 def chat(question: str, reply: str) -> dict[str, Any]:
@@ -203,6 +205,23 @@ def test_rows_per_epoch_and_progress_are_known() -> None:
     next(batches)
     assert batches.epoch == 2 / rows
     assert 3 * rows <= 2 * (1 + sum(1 for _ in batches)) + 6
+
+
+def test_the_steps_of_a_run_do_not_depend_on_the_epoch_that_it_goes_on_in() -> None:
+    task = chats(3000)  # more than packing looks ahead: epochs differ in rows
+    config = ConversationConfig(device_batch_size=1, num_epochs=3)
+    batches = conversations(task, batch_size=1)
+    asked = [supervised_steps(config, batches, 1, world(0, 1))]
+    rows = []
+    for _ in range(3):
+        next(batches)
+        rows.append(batches.num_rows)
+        again = conversations(task, batch_size=1, state=batches.state())
+        asked.append(supervised_steps(config, again, 1, world(0, 1)))
+        for _ in range(batches.num_rows - 1):
+            next(batches)
+    assert len(set(rows)) > 1, "epochs are packed alike here, so this shows nothing"
+    assert set(asked) == {sum(rows)}
 
 
 def test_conversations_of_another_checkpoint_are_refused() -> None:

@@ -212,3 +212,13 @@ def test_too_few_items_for_the_examples_are_refused(bundle: Path) -> None:
     model = small_model(vocab_size=tokenizer.vocab_size)
     with pytest.raises(UserError, match="too few to show 2"):
         evaluate_task(model, tokenizer, ALONE, load_bundle(bundle)[0], max_items=2)
+
+
+def test_a_line_break_of_unicode_inside_an_item_ends_no_line(bundle: Path) -> None:
+    path = bundle / "eval_data" / "sub" / "language_modeling.jsonl"
+    items = [{**item, "context": f"one\u2028two\u0085{item['context']}"} for item in LANGUAGE]
+    path.write_text("".join(json.dumps(item, ensure_ascii=False) + "\n" for item in items), encoding="utf-8")
+    task = next(task for task in load_bundle(bundle) if task.kind == "language_modeling")
+    tokenizer: Any = ByteTokenizer()
+    model = small_model(vocab_size=tokenizer.vocab_size)
+    assert evaluate_task(model, tokenizer, ALONE, task).n == len(LANGUAGE)

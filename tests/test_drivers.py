@@ -266,6 +266,20 @@ def test_a_finished_stage_is_skipped_until_its_settings_change(tmp_path: Path) -
     assert ran(tmp_path) == ["one", "two", "three"]
 
 
+def test_what_is_forced_starts_anew_instead_of_going_on_from_its_own_end(tmp_path: Path) -> None:
+    names = ("tok_train", "base_train", "base_loss", "mid_train", "chat_sft", "chat_rl")
+    body = "PYTHON=echo\n" + "".join(f"need {name} after= single scripts.{name} --seed=1\n" for name in names)
+
+    def said(**more: str) -> list[str]:
+        lines = stage_script(tmp_path, body, **more).stdout.splitlines()
+        return [line.removeprefix("-m scripts.") for line in lines if line.startswith("-m")]
+
+    assert said() == [f"{name} --seed=1" for name in names] and said() == []
+    anew = [f"{name} --seed=1" + " --resume=0" * (name not in ("tok_train", "base_loss")) for name in names]
+    assert said(FORCE="1") == anew
+    assert said() == [], "the settings are the same, so what was forced counts as finished"
+
+
 def test_a_failed_stage_stops_the_run_and_says_how_to_go_on(tmp_path: Path) -> None:
     done = stage_script(
         tmp_path,

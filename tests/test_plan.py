@@ -63,3 +63,33 @@ def test_three_gpus_use_as_many_as_divide_the_step() -> None:
     assert plan.resolve({}, Machine((H100,) * 3, 80.0, 8))["NPROC"] == 2
     with pytest.raises(UserError, match="does not divide"):
         plan.resolve({"NPROC": "3"}, Machine((H100,) * 3, 80.0, 8))
+
+
+def test_more_cores_take_less_time_though_the_processes_are_as_many() -> None:
+    def line(cores: int) -> str:
+        machine = Machine((), 0.0, cores)
+        settings = plan.resolve({"PRESET": "cpu"}, machine)
+        return next(row for row in plan.describe(settings, machine).splitlines() if "this machine" in row)
+
+    settings = plan.resolve({"PRESET": "cpu"}, Machine((), 0.0, 16))
+    expected = plan._time(plan.seconds(settings, plan.work(settings), None, 16))
+    assert line(16) == f"this machine: about {expected}" != line(4)
+
+
+def test_one_pass_of_rl_is_over_its_own_questions_not_over_those_of_sft() -> None:
+    for dataset, questions in (("GSM8K", 7_005), ("SYNTHETIC", 100_000)):
+        env = {
+            "RL_STEPS": "-1",
+            "RL_DATASET": dataset,
+            "AQUA_TRAIN_EXAMPLES": "64",
+            "EXAMPLES_PER_STEP": "16",
+        }
+        *_, rl = plan.work(plan.resolve(env, Machine((H100,), 80.0, 16)))
+        assert rl.num_steps == questions // 16
+
+
+def test_a_gpu_is_known_by_its_own_name() -> None:
+    for name, known in (("NVIDIA GH200 480GB", "GH200"), ("NVIDIA H200", "H200"), ("NVIDIA GB200", "B200")):
+        gpu = Machine((name,), 96.0, 64).gpu
+        assert gpu is not None and gpu.name == known
+    assert Machine(("1x GH200 (96 GB)",), 96.0, 64).gpu == Machine(("NVIDIA GH200 480GB",), 96.0, 64).gpu

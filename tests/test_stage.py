@@ -201,7 +201,37 @@ def test_a_checkpoint_that_validates_best_is_saved_between_and_only_where_some_a
         assert saved == expected
 
 
+def test_a_run_does_not_go_on_with_another_tokenizer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
+    model = GPT(GPTConfig.for_depth(1, vocab_size=50, sequence_len=12, n_embd=20, n_head=2))
+    optimizer = make_optimizer(model, matrix_lr=0.02, embedding_lr=0.02, unembedding_lr=0.004, world=single())
+    starts = []
+    for tokenizer in (
+        "",
+        "one",
+        "one",
+        "two",
+    ):  # a checkpoint that names none, as older code left it, fits any
+        with open_stage("base", CONFIG, single(), tag="t", tokenizer=tokenizer) as stage:
+            starts.append(stage.start)
+            stage.saves_at(stage.start + 1, last=True)
+            stage.save(stage.start + 1, model, optimizer)
+    assert starts == [0, 1, 2, 0]
+    assert "they were made with another tokenizer" in capsys.readouterr().out
+
+
 def test_what_is_only_looked_at_does_not_make_another_run() -> None:
     one = Config(kl_every=5, attn_every=-1, eval_samples=0)
     assert identity(one) == identity(dataclasses.replace(one, kl_every=9, attn_html=True, kl_batch=2))
     assert identity(one) != identity(dataclasses.replace(one, kl_coef=0.1))
+
+
+def test_microbatches_make_another_run_only_where_they_are_the_whole_step() -> None:
+    def made_by(total: int, rows: int, num_ranks: int) -> str:
+        config = TrainConfig(total_batch_size=total, device_batch_size=rows)
+        return identity(config, num_ranks=num_ranks)
+
+    assert made_by(4096, 8, 1) == made_by(4096, 4, 2) == made_by(4096, 2, 1)
+    assert made_by(-1, 8, 1) == made_by(-1, 4, 2) != made_by(-1, 4, 1)

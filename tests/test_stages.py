@@ -129,6 +129,25 @@ def test_a_stage_goes_on_with_two_ranks_where_one_was(home: Path, copy: Path, na
     assert list(together.values()) == pytest.approx(list(alone.values()), abs=1e-4)
 
 
+def test_the_best_base_checkpoint_is_one_that_was_validated(tmp_path: Path) -> None:
+    from tests.shard_files import write_shards
+    from tests.small import tiny_tokenizer
+
+    tiny_tokenizer().save(tmp_path / "tokenizer")
+    write_shards(tmp_path / "base_data", 2)
+    words = [
+        word for word in STAGES["base"] if word.partition("=")[0] not in ("--num_iterations", "--eval_every")
+    ]
+    command(
+        tmp_path,
+        [*words, "--num_iterations=5", "--eval_every=2", "--eval_tokens=1024", "--device_batch_size=8"],
+    )
+    folder = tmp_path / "base_checkpoints" / "d2"
+    metas = {step: json.loads((folder / f"meta_{step:06d}.json").read_text()) for step in (3, 5)}
+    assert metas[3]["val_bpb"] is not None and metas[3]["best_value"] is None  # that of step 2
+    assert metas[5]["best_value"] == -metas[5]["val_bpb"] and (folder / "best").read_text() == "5\n"
+
+
 def test_a_finished_stage_does_nothing_and_other_settings_move_the_old_aside(copy: Path) -> None:
     assert (
         "going on from base_checkpoints/d2 step 6"

@@ -333,6 +333,9 @@ def test_what_is_saved_is_what_is_loaded(tmp_path: Path) -> None:
     assert loaded.pattern == split_pattern(1)
     assert loaded.vocab_size == tokenizer.vocab_size
     assert loaded.encode(TEXT) == tokenizer.encode(TEXT)
+    assert loaded.fingerprint == tokenizer.fingerprint
+    others = Tokenizer.train([TEXT[::-1]], 400, pattern=split_pattern(1)), Tokenizer.train([TEXT], 400)
+    assert tokenizer.fingerprint not in [other.fingerprint for other in others]
     sizes = torch.load(tmp_path / "token_bytes.pt", weights_only=True)
     assert sizes.dtype == torch.int32 and sizes.tolist() == loaded.num_bytes()
     assert sorted(file.name for file in tmp_path.iterdir()) == ["token_bytes.pt", "tokenizer.json"]

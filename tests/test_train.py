@@ -144,6 +144,26 @@ def test_the_loss_is_the_mean_over_all_targets() -> None:
     assert steps_on_rows(single(), "adamw", 4)["numbers"][0, 0] == pytest.approx(expected.item(), rel=1e-6)
 
 
+def test_a_clip_of_zero_is_no_clip_and_the_model_learns() -> None:
+    weights = []
+    for clip in (None, 0.0, -1.0):
+        model, points = linear(), line(16)
+        optimizer = make_adamw(model, lr=0.1, world=single(), eps=1.0)
+        optimizer_step(
+            model,
+            optimizer,
+            [points],
+            squares,
+            normalizer=16,
+            lr_scale=1.0,
+            max_grad_norm=clip,
+            world=single(),
+        )
+        weights.append(model.weight.detach())
+    assert not torch.equal(weights[0], linear().weight)
+    assert all(torch.equal(weight, weights[0]) for weight in weights)
+
+
 def test_clipping_equals_torchs() -> None:
     ours, theirs, points = linear(), linear(), line(16)
     optimizer = make_adamw(
@@ -260,6 +280,8 @@ def test_peak_flops_by_name() -> None:
     assert peak_flops("NVIDIA A100-SXM4-80GB") == 312e12
     assert peak_flops("NVIDIA A10") == 125e12
     assert peak_flops("NVIDIA GH200 480GB") == 989e12
+    assert peak_flops("NVIDIA L40S") == 362e12 and peak_flops("NVIDIA L4") == 121e12
+    assert peak_flops("NVIDIA RTX A4000") is None and peak_flops("NVIDIA RTX A1000 Laptop GPU") is None
     assert peak_flops("Abacus 3000") is None
 
 
