@@ -103,7 +103,7 @@ def _download(split: str, tried: list[str]) -> Rows[Problem]:
         url = REPOSITORY.format("dev" if split == "validation" else split)
         try:
             text = fetch_bytes(url).decode()
-            raw, source = [json.loads(line) for line in text.splitlines() if line.strip()], url
+            raw, source = [json.loads(line) for line in text.split("\n") if line.strip()], url
         except ValueError as second:  # UserError of the fetch, or text that is not JSON lines
             raise DataUnavailable("AQUA", [*error.tried, str(second)]) from None
     rows = parse_rows(
