@@ -142,6 +142,8 @@ def gain_table(gain: Gain) -> str:
         f"- **{condition.title}** against {TITLES[other]}: {100 * pair.difference:+.1f} points; "
         f"{pair.gained} gained, {pair.lost} lost, McNemar p = {pair.p:.2g}."
         for condition, other, pair in gain.comparisons()
+    ] or [
+        "Nothing can be paired here: that takes two evaluations of the same questions in the same mode, with one answer to each."
     ]
     return table(["", "accuracy (95 %)", "questions", "training"], rows) + "\n\n" + "\n".join(sentences)
 

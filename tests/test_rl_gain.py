@@ -67,6 +67,7 @@ def test_evaluations_of_other_questions_are_not_paired(tmp_path: Path) -> None:
     write(tmp_path / "r", "chat_eval_rl", "1100")
     gain = load_gain(tmp_path / "r", "SYNTHETIC")
     assert set(gain.asked) == {"chat_eval_sft", "chat_eval_rl"} and list(gain.comparisons()) == []
+    assert gain_table(gain).endswith("with one answer to each.")
 
 
 def test_letters_alone_are_not_paired_with_written_answers(tmp_path: Path) -> None:
