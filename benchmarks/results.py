@@ -114,7 +114,7 @@ def load_seed(folder: Path, name: str) -> Seed:
     about = read_json(folder / "chat_eval_rl" / "config.json")
     system = about["system"]
     gpus = system["gpus"]
-    hardware = f"{len(gpus)} x {gpus[0]['name']}" if gpus else f"{system['num_cores']} cores, {system['cpu']}"
+    hardware = f"{len(gpus)} x {gpus[0]}" if gpus else f"{system['num_cores']} cores, {system['cpu']}"
     return Seed(name, results, seconds, str(about["commit"])[:7], hardware)
 
 

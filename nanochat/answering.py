@@ -29,7 +29,11 @@ COLDEST = 1e-4  # below it no token but the likeliest is ever drawn, and fp32 ca
 
 
 class ContextOverflow(UserError):
-    """The prompt leaves no room for an answer."""
+    """The prompt leaves no room for an answer; `field` of the request is what is too long."""
+
+    def __init__(self, message: str, field: str) -> None:
+        super().__init__(message)
+        self.field = field
 
 
 class ModelFailed(Exception):
@@ -123,14 +127,18 @@ class Host:
         turns = as_turns(messages)
         if turns[-1]["role"] != "user":
             raise UserError("the last message must be the user's: it is what the model answers")
-        return self.fitting(self.tokenizer.render_for_completion({"messages": turns}))
+        return self.fitting(
+            self.tokenizer.render_for_completion({"messages": turns}),
+            "messages have",
+            "shorten them, or begin a new conversation",
+        )
 
-    def fitting(self, ids: list[int]) -> list[int]:
+    def fitting(self, ids: list[int], have: str = "prompt has", cure: str = "shorten it") -> list[int]:
         """The same ids. Raises ContextOverflow where they leave no room for an answer."""
         if len(ids) >= self.context:
             raise ContextOverflow(
-                f"this model's context is {self.context} tokens and your messages have {len(ids)}: "
-                "shorten them, or begin a new conversation"
+                f"this model's context is {self.context} tokens and your {have} {len(ids)}: {cure}",
+                have.split()[0],
             )
         return ids
 

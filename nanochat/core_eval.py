@@ -159,10 +159,8 @@ def evaluate_task(
     token_budget: int = 16_384,
 ) -> TaskScore:
     """Accuracy of one task, its items shared out over the ranks."""
-    lines = task.path.read_text(encoding="utf-8").split(
-        "\n"
-    )  # splitlines cuts at U+2028 and U+0085, inside an item
-    items = [json.loads(line) for line in lines if line.strip()]
+    text = task.path.read_text(encoding="utf-8")
+    items = [json.loads(line) for line in text.split("\n") if line.strip()]  # splitlines cuts at U+2028, too
     random.Random(SHUFFLE_SEED).shuffle(items)
     items = items[:max_items] if max_items > 0 else items
     if len(items) <= task.num_fewshot:

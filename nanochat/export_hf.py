@@ -244,6 +244,8 @@ def export(
     write_atomic(folder / "generation_config.json", json.dumps(generation, indent=2) + "\n")
     hf_tokenizer(tokenizer).save_pretrained(folder)
     difference = compare(model, tokenizer, folder)
+    if not math.isfinite(difference):  # NaN is not greater than the tolerance either
+        raise UserError(f"{folder}: the logits are not finite, its weights have diverged; do not publish it")
     if dtype == torch.float32 and difference > TOLERANCE and not model.config.rope_bf16:
         raise UserError(
             f"{folder}: transformers computes other logits (by {difference:.1e}); do not publish it"

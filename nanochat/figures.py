@@ -168,7 +168,7 @@ def _draw_lines(ax: Axes, panel: Panel, rows: Rows, levels: Mapping[str, float])
             va="bottom",
         )
     if panel.from_zero:
-        ax.set_ylim(bottom=0)
+        ax.set_ylim(0, 1.04 * ax.get_ylim()[1])  # room above for a level curve's markers
     _finish(ax, panel, percent=panel.percent)
     if len(ax.get_legend_handles_labels()[0]) > 1:
         legend = ax.legend(fontsize=7.5, loc="best", handlelength=1.6, labelcolor="#333333", framealpha=0.75)

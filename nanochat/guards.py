@@ -12,7 +12,7 @@ import asyncio
 import hmac
 import ipaddress
 import json
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import Awaitable, Callable, MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -70,6 +70,33 @@ def error_body(
     if param is not None:
         param = param.encode("utf-8", errors="replace").decode()
     return {"error": {"message": clean, "type": kind, "param": param, "code": code}}
+
+
+def deepest_error(errors: Sequence[Any]) -> tuple[str, str, str]:
+    """
+    (field, what is wrong, pydantic's code) of the first error. Where a field may be one of several things, pydantic says
+    of each why it is not that one: the reason that lies deepest is of the one that was meant.
+    """
+
+    def field(error: Any) -> list[str]:
+        """`messages, 0, content`, without the names of a union's branches, such as `list[constrained-str]`."""
+        parts = error["loc"][error["loc"][:1] == ("body",) :]
+        if (
+            error["type"] == "extra_forbidden"
+        ):  # the last part is the client's own word, whatever it looks like
+            return [*kept(parts[:-1]), str(parts[-1])]
+        return kept(parts)
+
+    def kept(parts: Sequence[int | str]) -> list[str]:
+        return [str(part) for part in parts if isinstance(part, int) or part.isidentifier()]
+
+    begins = field(errors[0])
+    near = [error for error in errors if field(error)[: len(begins)] == begins]
+    meant = max(near, key=lambda error: len(field(error)))
+    told = dict.fromkeys(
+        str(error["msg"]).removeprefix("Value error, ") for error in near if field(error) == field(meant)
+    )
+    return ".".join(field(meant)), "; or ".join(told), str(meant["type"])
 
 
 class Refused(Exception):

@@ -165,10 +165,31 @@ def card(*, readme: str, model_name: str, source: str, meta: Mapping[str, Any] |
     return head + "\n".join(lines) + "\n" + readme
 
 
-def run_results(base: Path, run: str, source: str) -> dict[str, Any]:
-    """What chat_eval measured of a stage in a run; {} where it did not."""
+def run_results(base: Path, run: str, source: str, step: int) -> dict[str, Any]:
+    """What chat_eval measured of a stage in a run; {} where it did not, or measured another step than this one."""
     results = read_json(base / "runs" / run / f"chat_eval_{source}" / "summary.json").get("results") or {}
+    if results.get("step", step) != step:
+        print(
+            f"left out: the accuracies of {run}, which are of step {results['step']} and not of step {step}"
+        )
+        return {}
     return dict(results)
+
+
+def report_files(base: Path, run: str) -> list[Staged]:
+    """report.md of this run and the figures that it shows; [] where the report there is another run's, or none is."""
+    report = base / "report" / "report.md"
+    if not report.is_file():
+        print(f"left out: {report} does not exist")
+        return []
+    title = report.read_text(encoding="utf-8").partition("\n")[0]
+    if title != f"# Report of the run {run}":
+        print(
+            f"left out: {report} is not of the run {run}; write it with: python -m nanochat.report generate {run}"
+        )
+        return []
+    figures = sorted((report.parent / "report_figures").glob("*.png"))
+    return [Staged("report.md", report), *(Staged(f"report_figures/{path.name}", path) for path in figures)]
 
 
 def stage(files: list[Staged], folder: Path) -> None:

@@ -168,6 +168,7 @@ def stage_section(stage: StageRecord, figure: str | None) -> str:
     scores = {key: value for key, value in stage.results.items() if is_accuracy(value)}
     if scores:
         parts.append(text.accuracy_table(scores))
+        parts += filter(None, (text.many_samples(key, result) for key, result in scores.items()))
     if figure:
         parts.append(f"![{stage.title}: learning curves]({figure})")
         drawn = dict.fromkeys(
@@ -215,7 +216,12 @@ def time_section(run: RunRecord) -> str:
 
 
 def levels(run: RunRecord, stage: StageRecord) -> dict[str, float]:
-    """What always saying the commonest letter scores, by task: the lines that the accuracies of `stage` must beat."""
+    """What always saying the commonest letter scores, by task: the lines that the accuracies of `stage` must beat.
+
+    The stage's own, of the very questions that its curve is of; only where it logged none, that of another evaluation.
+    """
+    if own := [row["eval/majority"] for row in stage.metrics if "eval/majority" in row]:
+        return {"always the commonest letter": own[-1]}
     drawn = {name for row in stage.metrics for name in row if name.endswith("_dev_acc")}
     found: dict[str, float] = {}
     for other in run.stages.values():

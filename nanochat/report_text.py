@@ -90,7 +90,11 @@ def folded(title: str, body: str) -> str:
 def accuracy_name(key: str, result: Result) -> str:
     """`AQUA validation, generative`: what was asked and how, the same in every stage."""
     name = " ".join(str(result[part]) for part in ("task", "split") if result.get(part)) or key
-    return f"{name}, {result['mode']}" if result.get("mode") else name
+    parts = [name, str(result.get("mode") or "")]
+    if result.get("temperature"):  # the mean of samples is another measure than a greedy answer
+        count = result.get("num_samples", 1)
+        parts.append(f"mean of {count} samples" if count > 1 else f"temperature {result['temperature']:g}")
+    return ", ".join(filter(None, parts))
 
 
 def accuracy(result: Result) -> str:
@@ -126,6 +130,19 @@ def accuracy_table(results: Mapping[str, Result]) -> str:
     return table(
         ["task", "accuracy (95 %)", "guessing", "questions", "answers read", "predicted letters"], rows
     )
+
+
+def many_samples(key: str, result: Result) -> str:
+    """What several answers to each question reach: pass@k beside guessing, and the majority vote; '' for one answer."""
+    passed, guessed = result.get("pass_at") or {}, result.get("guess_at") or {}
+    if not passed:
+        return ""
+    k = max(passed, key=int)
+    beside = f" (guessing {percent(guessed[k])})" if k in guessed else ""
+    told = f"**{accuracy_name(key, result)}** at temperature {result['temperature']:g}: pass@{k} {percent(passed[k])}{beside}"
+    if result.get("maj") is not None:
+        told += f", maj@{k} {percent(result['maj'])}, {result['num_tied']} tied and counted by their share"
+    return told + "."
 
 
 def comparison(key: str, result: Result) -> str:

@@ -53,6 +53,8 @@ class Asked:
     correct: Mapping[int, bool]
     """by the question's number"""
     gold: Mapping[int, str | None]
+    mode: str = ""
+    """generative or letters; '' where the evaluation did not say"""
 
     @property
     def n(self) -> int:
@@ -73,8 +75,8 @@ class Asked:
         return max(letters.count(letter) for letter in set(letters)) / self.n
 
     def against(self, before: Asked) -> Comparison | None:
-        """Paired with another condition; None when that was asked other questions."""
-        if self.gold != before.gold:
+        """Paired with another condition; None when that was asked other questions, or in another mode."""
+        if self.gold != before.gold or self.mode != before.mode:
             return None
         gained = sum(now and not before.correct[i] for i, now in self.correct.items())
         lost = sum(not now and before.correct[i] for i, now in self.correct.items())
@@ -103,13 +105,15 @@ class Gain:
 
 
 def load_gain(run: Path, task: str) -> Gain:
-    """What the run directory `run` holds on `task`, generative answers, one to each question."""
+    """What the run directory `run` holds on `task`, one answer to each question."""
     asked, seconds = {}, {}
     for condition in CONDITIONS:
         rows = read_lines(run / condition.stage / "tables" / "outcomes" / f"{task}.jsonl")
         if rows and all(row["correct"] in (0, 1) for row in rows):
             correct = {row["index"]: bool(row["correct"]) for row in rows}
-            asked[condition.stage] = Asked(correct, {row["index"]: row["gold"] for row in rows})
+            results = read_json(run / condition.stage / "summary.json").get("results") or {}
+            mode = (results.get(task) or {}).get("mode", "")
+            asked[condition.stage] = Asked(correct, {row["index"]: row["gold"] for row in rows}, mode)
             summary = read_json(run / condition.trained_by / "summary.json") if condition.trained_by else {}
             seconds[condition.stage] = float(summary.get("seconds", 0.0))
     return Gain(run.name, task, asked, seconds)
@@ -132,11 +136,14 @@ def gain_table(gain: Gain) -> str:
             low, high = asked.interval
             shown = f"{percent(asked.value)} ({100 * low:.1f} to {100 * high:.1f})"
             spent = gain.seconds[condition.stage]
-            rows.append([condition.title, shown, str(asked.n), f"{spent:.0f} s" if spent else ""])
+            title = condition.title + (", letters alone" if asked.mode == "letters" else "")
+            rows.append([title, shown, str(asked.n), f"{spent:.0f} s" if spent else ""])
     sentences = [
         f"- **{condition.title}** against {TITLES[other]}: {100 * pair.difference:+.1f} points; "
         f"{pair.gained} gained, {pair.lost} lost, McNemar p = {pair.p:.2g}."
         for condition, other, pair in gain.comparisons()
+    ] or [
+        "Nothing can be paired here: that takes two evaluations of the same questions in the same mode, with one answer to each."
     ]
     return table(["", "accuracy (95 %)", "questions", "training"], rows) + "\n\n" + "\n".join(sentences)
 

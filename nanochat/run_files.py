@@ -78,7 +78,8 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     """The objects of a .jsonl file, [] where there is none; a torn last line, left by a crash, is not one."""
     if not path.exists():
         return []
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    # Only "\n" ends a line: a completion may hold U+2028 or U+0085, at which splitlines would cut it.
+    lines = path.read_text(encoding="utf-8", errors="replace").removesuffix("\n").split("\n")
     rows = []
     for number, line in enumerate(lines, start=1):
         try:

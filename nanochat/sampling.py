@@ -28,6 +28,7 @@ BLOCK = 128
 GOLDEN = 0x9E3779B97F4A7C15  # 2**64 / golden ratio: splitmix64's increment
 MIX_1, MIX_2 = 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
 MASK = 2**64 - 1
+COLDEST = 1e-30  # 2 * softcap / temperature must stay within fp32
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +45,10 @@ class Sampling:
             raise UserError(
                 f"temperature={self.temperature} must be 0 (greedy) or positive; 1.0 is the model's own"
             )
+        if (
+            0.0 < self.temperature < COLDEST
+        ):  # logits / temperature would leave fp32, and look like diverged weights
+            raise UserError(f"temperature={self.temperature} is too near 0 to compute with; use 0 (greedy)")
         if self.top_k < 0:
             raise UserError(f"top_k={self.top_k} must be at least 0; 0 keeps every token")
         if not 0.0 < self.top_p <= 1.0:

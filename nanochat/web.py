@@ -31,7 +31,7 @@ from starlette.responses import HTMLResponse, JSONResponse, Response
 from nanochat.answering import ContextOverflow, Host, ModelFailed, Question, Ticket
 from nanochat.api_schema import Health, Message, OwnChatRequest, VoteRequest
 from nanochat.common import UserError
-from nanochat.guards import Access, Guard, error_body
+from nanochat.guards import Access, Guard, deepest_error, error_body
 from nanochat.jobs import Busy, Piece
 from nanochat.openai_routes import ERRORS, EVENTS, UnknownModel, client_of, routes
 from nanochat.statistics import majority_vote
@@ -135,7 +135,9 @@ def _last_question(host: Host, messages: list[Message]) -> tuple[Question | None
     question = host.exam.read(messages[-1].text()) if messages[-1].role == "user" else None
     if question is None:
         return None, messages
-    return question, [*messages[:-1], Message(role="user", content=question.prompt, name=None)]
+    # Not validated: put as a question, a message may be a little longer than clients may send.
+    put = Message.model_construct(role="user", content=question.prompt, name=None)
+    return question, [*messages[:-1], put]
 
 
 def _chat_routes(app: FastAPI, host: Host) -> None:
@@ -299,16 +301,17 @@ def _answer_errors(app: FastAPI) -> None:
         if request.method == "POST" and "json" not in request.headers.get("content-type", ""):
             return reply(400, "the body is read as JSON: send the header Content-Type: application/json")
         first = error.errors()[0]
-        place = ".".join(str(part) for part in first["loc"] if part != "body")
-        what = str(first["msg"]).removeprefix("Value error, ")
-        return reply(400, f"{place}: {what}" if place else what, param=place or None, code=str(first["type"]))
+        if first["type"] == "json_invalid":
+            return reply(400, f"the body is not JSON: {first['ctx']['error']}", code="json_invalid")
+        place, what, code = deepest_error(error.errors())
+        return reply(400, f"{place}: {what}" if place else what, param=place or None, code=code)
 
     @app.exception_handler(UserError)
     async def refused(_: Request, error: UserError) -> JSONResponse:
         if isinstance(error, UnknownModel):
             return reply(404, str(error), param="model", code="model_not_found")
         if isinstance(error, ContextOverflow):
-            return reply(400, str(error), param="messages", code="context_length_exceeded")
+            return reply(400, str(error), param=error.field, code="context_length_exceeded")
         return reply(400, str(error), code="invalid_value")
 
     @app.exception_handler(Busy)

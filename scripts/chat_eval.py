@@ -102,7 +102,7 @@ def main(config: Config) -> None:
         if not config.task_name:
             results["ChatCORE"] = chat_core(results)
             print0(f"ChatCORE {results['ChatCORE']:.4f}: the mean of the tasks' accuracies, chance taken off")
-        tracker.finish(results)
+        tracker.finish({"step": asked.step, **results})
     compute_cleanup(world)
 
 
@@ -114,9 +114,10 @@ class Asked:
         from nanochat.engine import Engine
 
         self.config, self.world = config, world
-        model, self.tokenizer, _ = load_model(
+        model, self.tokenizer, meta = load_model(
             config.source, world=world, model_tag=config.model_tag, step=config.step
         )
+        self.step: int = meta["step"]
         self.engine = Engine(model, self.tokenizer)
         self.other: Engine | None = None
         if config.compare:
@@ -146,12 +147,18 @@ class Asked:
         modes = ["generative", "letters"] if self.config.mode == "both" else [self.config.mode]
         if task.eval_type == "categorical":
             modes = ["letters"]
+        elif "letters" in modes and not task[0].get("letters"):
+            tracker.note("skipped", f"{task.name}: it has no letters to compare, so no --mode=letters")
+            modes.remove("letters")
         for mode in modes:
             accuracy = self.ask(self.engine, task, mode)
             name = task.name if mode == modes[0] else f"{task.name} {mode}"
             print0(accuracy.describe())
             results[name] = accuracy.results()
-            tracker.table(f"samples/{task.name}", 0, list(accuracy.shown))
+            if split := getattr(task, "split", ""):
+                results[name]["split"] = split
+            if accuracy.shown:
+                tracker.table(f"samples/{task.name}", 0, list(accuracy.shown))
             tracker.table(f"outcomes/{name}", 0, [outcome.row() for outcome in accuracy.outcomes])
             if self.other is not None:
                 before = self.ask(self.other, task, mode)
@@ -213,8 +220,9 @@ class Asked:
 
 
 def chat_core(results: dict[str, Any]) -> float:
-    """The mean over tasks of (accuracy - chance) / (1 - chance)."""
-    centred = [(r["accuracy"] - r["chance"]) / (1 - r["chance"]) for r in results.values() if "accuracy" in r]
+    """The mean over tasks of (accuracy - chance) / (1 - chance); a task asked in two modes counts once, by its first."""
+    firsts = [r for name, r in results.items() if "accuracy" in r and name == r["task"]]
+    centred = [(r["accuracy"] - r["chance"]) / (1 - r["chance"]) for r in firsts]
     return sum(centred) / len(centred)
 
 

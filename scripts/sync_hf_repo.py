@@ -22,7 +22,17 @@ from typing import Any, Literal
 
 from nanochat.common import UserError, base_dir
 from nanochat.config import cli
-from nanochat.publish import STAGED, Staged, card, linked_files, matching_files, run_results, size_of, stage
+from nanochat.publish import (
+    STAGED,
+    Staged,
+    card,
+    linked_files,
+    matching_files,
+    report_files,
+    run_results,
+    size_of,
+    stage,
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -114,12 +124,8 @@ def release(config: Config, scratch: Path, root: Path) -> list[Staged]:
     if config.checkpoint:
         weights, meta, exported = checkpoint_files(config, scratch)
         files = [*files, *weights]
-        results = run_results(base_dir(), config.run_name, config.checkpoint)
-        report = base_dir() / "report" / "report.md"
-        if report.is_file():
-            files.append(Staged("report.md", report))
-        else:
-            print(f"left out: {report} does not exist")
+        results = run_results(base_dir(), config.run_name, config.checkpoint, meta["step"])
+        files = [*files, *report_files(base_dir(), config.run_name)]
     text = card(
         readme=readme, model_name=config.repo_id, source=config.checkpoint, meta=meta, results=results, exported=exported
     )  # fmt: skip

@@ -6,6 +6,7 @@ import dataclasses
 import math
 import re
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +16,8 @@ from nanochat.common import UserError, World
 from nanochat.engine import Engine
 from nanochat.evaluate import bits_per_byte, evaluate_generative, evaluate_letters, evaluate_rotations
 from nanochat.statistics import wilson_interval
+from nanochat.tracking import Tracker
+from scripts import chat_eval
 from tests.gloo import run_ranks, single
 from tests.rl_fakes import ByteTokenizer, Choices, ScriptedEngine, small_model
 
@@ -106,6 +109,33 @@ def test_a_task_without_letters_has_no_majority_and_no_histogram() -> None:
     assert accuracy.majority is None and accuracy.parse_rate is None and accuracy.maj is None
     assert accuracy.value == 0.25 and "predicted" not in accuracy.describe()
     assert "majority" not in accuracy.results()
+
+
+def test_a_task_asked_in_both_modes_counts_once_and_one_without_letters_is_asked_in_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Written:
+        """A task of written answers, such as GSM8K."""
+
+        name, eval_type, split = "GSM8K", "generative", "test"
+
+        def __getitem__(self, index: int) -> dict[str, Any]:
+            return {"messages": []}
+
+    answered = {
+        ("C", "generative"): Accuracy("C", "generative", outcomes([("A", "A"), ("B", "A")]), 0.2),
+        ("C", "letters"): Accuracy("C", "letters", outcomes([("A", "A"), ("B", "B")]), 0.2),
+        ("GSM8K", "generative"): Accuracy("GSM8K", "generative", outcomes([("A", "A")]), 0.0),
+    }
+    monkeypatch.setattr(chat_eval.Asked, "__init__", lambda self: None)
+    monkeypatch.setattr(chat_eval.Asked, "ask", lambda self, engine, task, mode: answered[task.name, mode])
+    asked = chat_eval.Asked()  # type: ignore[call-arg]
+    asked.config, asked.engine, asked.other = chat_eval.Config(mode="both"), None, None  # type: ignore[assignment]
+    task = Choices(2)
+    task.name, task.eval_type = "C", "generative"  # type: ignore[attr-defined]
+    results = asked.evaluate(task, Tracker(None)) | asked.evaluate(Written(), Tracker(None))
+    assert list(results) == ["C", "C letters", "GSM8K"] and results["GSM8K"]["split"] == "test"
+    assert chat_eval.chat_core(results) == pytest.approx(((0.5 - 0.2) / 0.8 + 1.0) / 2)
 
 
 def test_with_interval_names_the_band_of_a_curve() -> None:

@@ -128,6 +128,13 @@ def test_what_transformers_cannot_compute_is_refused(tmp_path: Path) -> None:
     check_representable(model(window_pattern="SL", window_len=256).config)
 
 
+def test_weights_that_diverged_are_refused(tmp_path: Path) -> None:
+    broken = model()
+    torch.nn.init.constant_(broken.lm_head.weight, float("nan"))
+    with pytest.raises(UserError, match="not finite"):
+        export(broken, tiny_tokenizer(), tmp_path)
+
+
 def test_october_2025_is_exported_with_a_word_on_its_rounding(tmp_path: Path) -> None:
     old = model(rope_bf16=True, rope_base=10_000.0, qk_scale=1.0)
     found = export(old, tiny_tokenizer(), tmp_path)

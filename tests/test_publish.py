@@ -68,8 +68,10 @@ def save_checkpoint(tmp_path: Path, smear: int = 0) -> None:
     folder = tmp_path / "base" / "runs" / "aquarat-small" / "chat_eval_rl"
     folder.mkdir(parents=True)
     (folder / "summary.json").write_text(json.dumps({"results": RESULTS}))
-    (tmp_path / "base" / "report").mkdir()
-    (tmp_path / "base" / "report" / "report.md").write_text("# report")
+    report = tmp_path / "base" / "report"
+    (report / "report_figures").mkdir(parents=True)
+    (report / "report.md").write_text("# Report of the run aquarat-small\n\n![](report_figures/rl.png)\n")
+    (report / "report_figures" / "rl.png").write_bytes(b"png")
 
 
 def test_links_of_every_form_are_found_and_none_leads_outside(repository: Path) -> None:
@@ -188,7 +190,7 @@ def test_a_checkpoint_goes_along_with_what_was_measured(repository: Path, tmp_pa
     save_checkpoint(tmp_path)
     sync_hf_repo.main(Config(checkpoint="rl", no_push=True))
     folder = repository / "hf_release"
-    for name in ("model.safetensors", "config.json", "tokenizer.json", "nanochat_tokenizer/tokenizer.json", "report.md", "LICENSE", "a.md"):  # fmt: skip
+    for name in ("model.safetensors", "config.json", "tokenizer.json", "nanochat_tokenizer/tokenizer.json", "report.md", "report_figures/rl.png", "LICENSE", "a.md"):  # fmt: skip
         assert (folder / name).is_file(), name
     assert not [path for path in folder.rglob("*") if path.suffix in (".pt", ".pkl")]
     card = (folder / "README.md").read_text()
@@ -211,6 +213,20 @@ def test_a_model_that_transformers_cannot_compute_is_published_as_it_is(
     assert "smear.weight" in load_file(folder / "model.safetensors")
     card = (folder / "README.md").read_text()
     assert "transformers can compute" in card and "none is claimed" in card and "model-index" not in card
+    assert not (folder / "report.md").exists(), "it is the report of another run"
+
+
+def test_accuracies_of_another_step_are_not_claimed(
+    repository: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_checkpoint(tmp_path, smear=2)
+    summary = tmp_path / "base" / "runs" / "aquarat-small" / "chat_eval_rl" / "summary.json"
+    for step, claimed in ((3, True), (2, False)):
+        summary.write_text(json.dumps({"results": RESULTS | {"step": step}}))
+        sync_hf_repo.main(Config(checkpoint="rl", no_push=True))
+        card = (repository / "hf_release" / "README.md").read_text()
+        assert ("| AQUA | 254 | 30.0 %" in card, "none is claimed" in card) == (claimed, not claimed)
+    assert "which are of step 2 and not of step 3" in capsys.readouterr().out
 
 
 def test_without_results_nothing_is_claimed() -> None:

@@ -110,6 +110,26 @@ def test_the_report_holds_every_part_and_its_figures(base: Path) -> None:
         assert png_size(Path("report_figures") / f"{figure}.png") > (300, 200)
 
 
+def test_several_answers_to_a_question_are_named_and_have_their_pass_at_k(base: Path) -> None:
+    several = {"temperature": 1.0, "num_samples": 8, "split": "test", "maj": 0.3, "num_tied": 3}
+    several |= {"pass_at": {"1": 0.25, "8": 0.7}, "guess_at": {"1": 0.2, "8": 0.832}}
+    write_stage(base, "chat_eval_sft", results={"AQUA": score("AQUA", 70)})
+    write_stage(base, "chat_eval_rl", results={"AQUA": score("AQUA", 80) | several})
+    assert report.main(["generate", "r1"]) == 0
+    text = Path("report.md").read_text()
+    assert "| AQUA, generative | 27.6 %" in text
+    assert "| AQUA test, generative, mean of 8 samples |  | 31.5 %" in text, "another measure, another row"
+    assert "at temperature 1: pass@8 70.0 % (guessing 83.2 %), maj@8 30.0 %, 3 tied" in text
+
+
+def test_the_level_to_beat_is_that_of_the_curves_own_questions(base: Path) -> None:
+    rl = write_stage(base, "rl", results={})
+    rl.log(0, {"eval/aqua_dev_acc": 0.37, "eval/majority": 0.375})
+    write_stage(base, "chat_eval_rl", results={"AQUA": score("AQUA", 80)})
+    run = report.load_run("r1")
+    assert report.levels(run, run.stages["rl"]) == {"always the commonest letter": 0.375}
+
+
 def outcomes(files: Files, correct: str) -> None:
     rows = [{"index": i, "gold": "A", "predicted": "A", "correct": float(c)} for i, c in enumerate(correct)]
     files.table("outcomes/AQUA", 0, rows)

@@ -16,7 +16,7 @@ from nanochat.rl_gain import (
     standard_error,
     tasks_asked,
 )
-from nanochat.run_files import Files
+from nanochat.run_files import Files, write_json
 from nanochat.statistics import mcnemar
 
 GOLD = "ABCDE"
@@ -67,6 +67,16 @@ def test_evaluations_of_other_questions_are_not_paired(tmp_path: Path) -> None:
     write(tmp_path / "r", "chat_eval_rl", "1100")
     gain = load_gain(tmp_path / "r", "SYNTHETIC")
     assert set(gain.asked) == {"chat_eval_sft", "chat_eval_rl"} and list(gain.comparisons()) == []
+    assert gain_table(gain).endswith("with one answer to each.")
+
+
+def test_letters_alone_are_not_paired_with_written_answers(tmp_path: Path) -> None:
+    write_run(tmp_path / "r")
+    for stage, mode in (("chat_eval_sft", "generative"), ("chat_eval_rl", "letters")):
+        write_json(tmp_path / "r" / stage / "summary.json", {"results": {"SYNTHETIC": {"mode": mode}}})
+    gain = load_gain(tmp_path / "r", "SYNTHETIC")
+    assert "chat_eval_rl" not in {condition.stage for condition, _, _ in gain.comparisons()}
+    assert "| RL, letters alone | 50.0 %" in gain_table(gain)
 
 
 def test_tasks_are_those_that_both_answered(tmp_path: Path) -> None:

@@ -205,7 +205,12 @@ def test_a_row_draws_the_same_alone_as_in_company() -> None:
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"temperature": -1.0}, {"temperature": float("nan")}, {"temperature": float("inf")}]
+    [
+        {"temperature": -1.0},
+        {"temperature": 1e-39},
+        {"temperature": float("nan")},
+        {"temperature": float("inf")},
+    ]
     + [{"top_k": -1}, {"top_p": 0.0}, {"top_p": 1.1}, {"top_p": float("nan")}],
     ids=str,
 )

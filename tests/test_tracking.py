@@ -133,6 +133,14 @@ def test_a_resume_after_a_crash_drops_the_torn_line(tmp_path: Path) -> None:
     assert [row["a"] for row in log_lines(tmp_path / "s")] == [0, 1, 2, 3]
 
 
+def test_a_line_ends_at_a_newline_alone(tmp_path: Path) -> None:
+    """Models write U+2028 and U+0085 too, and str.splitlines would end the line of JSON there."""
+    rows = [{"completion": "one\u2028two\x85three\r\nfour\x1cfive"}, {"completion": "plain"}]
+    Files(tmp_path / "run").table("rl/samples", 3, rows)
+    kept = read_lines(tmp_path / "run" / "tables" / "rl" / "samples.jsonl")
+    assert [row["completion"] for row in kept] == [row["completion"] for row in rows]
+
+
 def test_starting_anew_sets_the_old_record_aside(base: Path) -> None:
     for value in (1, 2):
         with tracking.open_run("sft", Config(), world()) as tracker:

@@ -218,6 +218,38 @@ def test_what_cannot_be_answered_is_a_400_that_says_why(url: str, what: dict[str
     assert words in error_of(reply)["message"]
 
 
+@pytest.mark.parametrize(
+    ("path", "what", "field", "words"),
+    [
+        ("completions", {"prompt": []}, "prompt", "at least 1 item"),
+        ("completions", {"prompt": "long " * 400}, "prompt", "your prompt has"),
+        ("chat/completions", {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages.0.content.0.type", "'text'"),
+        ("chat/completions", {"messages": HELLO, "stop": ["a"] * 5}, "stop", "at most 4 items"),
+        ("chat/completions", {"messages": HELLO, "no-such": 1}, "no-such", "not permitted"),
+    ],
+    ids=lambda value: str(value)[:40],
+)  # fmt: skip
+def test_an_error_names_the_field_and_what_was_meant(
+    url: str, path: str, what: dict[str, Any], field: str, words: str
+) -> None:
+    error = error_of(http.post(f"{url}/v1/{path}", json=what))
+    assert error["param"] == field and words in error["message"] and "constrained" not in error["message"]
+
+
+def test_a_body_that_is_no_json_is_called_so(url: str) -> None:
+    headers = {"Content-Type": "application/json"}
+    error = error_of(http.post(f"{url}/v1/chat/completions", content="{bad", headers=headers))
+    assert error["message"].startswith("the body is not JSON: ") and error["param"] is None
+
+
+def test_a_question_as_long_as_a_message_may_be_is_no_failure(url: str) -> None:
+    """Put as the model is asked, it is longer than what a client may send."""
+    long = "x " * 3980 + "\nA) 7 B) 10 C) 12 D) 14"
+    for path, more in (("completions", {"letters": True}), ("vote", {})):
+        reply = http.post(f"{url}/chat/{path}", json={"messages": [{"role": "user", "content": long}]} | more)
+        assert reply.status_code == 400 and error_of(reply)["code"] == "context_length_exceeded"
+
+
 def test_json_that_is_not_called_json_is_told_how(url: str) -> None:
     reply = http.post(f"{url}/v1/chat/completions", content=json.dumps({"messages": HELLO}))
     assert reply.status_code == 400 and "Content-Type: application/json" in error_of(reply)["message"]

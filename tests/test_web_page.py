@@ -244,6 +244,56 @@ def test_sample_k_shows_every_vote(browser: Any, url: str) -> None:
         assert page.locator("#ballot").inner_text()
 
 
+def test_each_answer_has_its_own_votes(browser: Any, url: str) -> None:
+    with Visit(browser, url) as visit:
+        page = visit.page
+        letters = iter(("ABAB", "CCCC"))
+
+        def vote(route: Any) -> None:
+            told: list[dict[str, Any]] = [{"letter": letter, "text": letter} for letter in next(letters)]
+            told.append({"done": True, "leaders": ["A"], "without": 0})
+            body = "".join(f"data: {json.dumps(event)}\n\n" for event in told)
+            route.fulfill(body=body, content_type="text/event-stream")
+
+        page.route("**/chat/vote", vote)
+        for number in range(2):
+            visit.ask("Pens cost 3 each. What do 4 cost? A) 7 B) 10 C) 12 D) 14 E) 43")
+            page.locator(".verdict").nth(number).wait_for()
+            page.select_option("#k", "4")
+            page.locator("#sample").click()
+            page.locator("#voted:not(:empty)").filter(has_text="maj@4").wait_for()
+        assert page.locator("#ballots .badge").all_inner_texts() == list("CCCC")
+        page.locator(".assistant .tools button", has_text="How sure?").first.click()
+        assert page.locator("#ballots .badge").all_inner_texts() == list("ABAB")
+
+
+def test_an_answer_that_breaks_off_says_so_and_no_longer_thinks(browser: Any, url: str) -> None:
+    question = {"letters": ["A", "B"], "options": ["7", "10"], "prompt": "?"}
+    told = [{"question": question}, {"token": "Four", "letters": {"A": 0.4, "B": 0.6}, "piece": "Four", "p": 0.9, "top": []}]  # fmt: skip
+    with Visit(browser, url) as visit:
+        visit.answer_with(told)
+        visit.ask("What? A) 7 B) 10")
+        visit.page.locator(".note.error").filter(has_text="ended before the answer did").wait_for()
+        assert visit.page.locator("#axis-end").inner_text() == "1 tokens"
+        assert visit.page.locator("#log").get_attribute("aria-busy") == "false"
+
+
+def test_the_page_works_where_storage_and_clipboard_are_forbidden(browser: Any, url: str) -> None:
+    forbid = """for (const name of ["localStorage", "sessionStorage"])
+      Object.defineProperty(window, name, { get() { throw new DOMException("no", "SecurityError"); } });
+    Object.defineProperty(Navigator.prototype, "clipboard", { value: undefined });
+    document.execCommand = (what) => { window.copied = document.activeElement.value; return what === "copy"; };"""
+    with Visit(browser, url) as visit:
+        visit.context.add_init_script(forbid)
+        visit.page.reload()
+        visit.page.locator("#cards .card").first.wait_for()
+        visit.ask("hello")
+        visit.page.locator(".assistant .tools button", has_text="Copy").click()
+        visit.page.locator(".assistant .tools button", has_text="Copied").wait_for()
+        assert visit.page.evaluate("window.copied").startswith("Hi!")
+        assert visit.errors == []
+
+
 def test_settings_are_sent_and_kept(browser: Any, url: str) -> None:
     with Visit(browser, url) as visit:
         page = visit.page
