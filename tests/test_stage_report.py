@@ -27,7 +27,7 @@ class Event:
 def make_stage(rows: list[tuple[int, dict[str, Any]]]) -> Stage:
     tracker = SimpleNamespace(log=lambda index, metrics: rows.append((index, metrics)))
     config = SimpleNamespace(run="dummy", log_every=4, save_every=-1, keep_last=1)
-    return Stage("base", config, single(), tracker, tag="d1", made_by="", resumed=None)  # type: ignore[arg-type]
+    return Stage("base", config, single(), tracker, tag="d1", made_by="", tokenizer="", resumed=None)  # type: ignore[arg-type]
 
 
 def make_step(index: int, event: Event | None, *, last: bool = False) -> Step:
