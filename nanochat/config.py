@@ -99,6 +99,8 @@ class ConversationConfig(TrainConfig):
     """rows of AQuA; -1: all there are"""
     synthetic_examples: int = -1
     """built-in word problems; -1: only where AQuA cannot be had"""
+    program_examples: int = 0
+    """word problems that one calculator call solves, made from AQuA, MathQA, GSM8K and MAWPS, with numbers of their own"""
     other_examples: int = -1
     """most conversations of each other part of the mixture; -1: as it has them"""
     quality: Literal["mixed", "worked"] = "mixed"

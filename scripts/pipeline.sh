@@ -94,7 +94,8 @@ evaluate() { # evaluate SOURCE after=STAGES flags...
 extra "$EXTRA_MID_TRAIN"
 need mid_train after=base_train ranks scripts.mid_train "${common[@]}" "${rates[@]}" --num_iterations="$MID_ITERATIONS" \
   --total_batch_size="$MID_BATCH_TOKENS" --device_batch_size="$MID_DEVICE_BATCH_SIZE" \
-  --synthetic_examples="$SYNTHETIC_EXAMPLES" --other_examples="$OTHER_EXAMPLES" \
+  --synthetic_examples="$SYNTHETIC_EXAMPLES" --program_examples="$PROGRAM_EXAMPLES" \
+  --other_examples="$OTHER_EXAMPLES" \
   --save_every="$SAVE_EVERY" --eval_every="$EVAL_EVERY" --eval_tokens="$EVAL_TOKENS" ${more[@]+"${more[@]}"}
 evaluate mid after=mid_train
 
@@ -103,7 +104,8 @@ fine_tune() { # fine_tune NAME flags...
   need "$1" after=mid_train ranks scripts.chat_sft "${common[@]}" "${rates[@]}" --num_iterations="$SFT_ITERATIONS" \
     --total_batch_size="$SFT_BATCH_TOKENS" --device_batch_size="$SFT_DEVICE_BATCH_SIZE" \
     --aqua_train_examples="$AQUA_TRAIN_EXAMPLES" --aqua_val_examples="$AQUA_VAL_EXAMPLES" \
-    --synthetic_examples="$SYNTHETIC_EXAMPLES" --other_examples="$OTHER_EXAMPLES" \
+    --synthetic_examples="$SYNTHETIC_EXAMPLES" --program_examples="$PROGRAM_EXAMPLES" \
+    --other_examples="$OTHER_EXAMPLES" \
     --save_every="$SAVE_EVERY" --eval_every="$EVAL_EVERY" "${@:2}" ${more[@]+"${more[@]}"}
 }
 fine_tune chat_sft

@@ -84,6 +84,7 @@ KNOBS: tuple[Knob, ...] = (
     Knob("AQUA_TRAIN_EXAMPLES",  "AQuA rows in sft",                                          (20_000, 20_000, 20_000, 64)),
     Knob("AQUA_VAL_EXAMPLES",    "AQuA rows that sft is validated on; -1: all",               (254, 254, 254, 16)),
     Knob("SYNTHETIC_EXAMPLES",   "built-in word problems in mid and sft; -1: only where AQuA cannot be had", (-1, -1, 20_000, 256)),
+    Knob("PROGRAM_EXAMPLES",     "word problems solved by one calculator call, in mid and sft", same(0)),
     Knob("OTHER_EXAMPLES",       "most conversations of each other part of mid and sft; -1: as it has them", (-1, -1, 1_000, 64)),
     # rl
     Knob("RL_DATASET",           "AQUA, GSM8K or SYNTHETIC; empty: AQUA where its rows can be had", same("")),

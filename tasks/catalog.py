@@ -21,6 +21,7 @@ from tasks.customjson import CustomJSON
 from tasks.gsm8k import GSM8K
 from tasks.humaneval import HumanEval
 from tasks.mmlu import MMLU
+from tasks.programs import Programs
 from tasks.prose import Drill, identity_conversations, pretraining_document
 from tasks.rows import DataUnavailable
 from tasks.smoltalk import SmolTalk
@@ -149,6 +150,8 @@ class WordProblems(Protocol):
     @property
     def synthetic_examples(self) -> int: ...
     @property
+    def program_examples(self) -> int: ...
+    @property
     def quality(self) -> Any: ...
     @property
     def aqua_path(self) -> str | None: ...
@@ -161,16 +164,19 @@ def problems(wanted: WordProblems) -> list[Part]:
     seed, path = wanted.seed, wanted.aqua_path
     rows = None if wanted.aqua_train_examples < 0 else wanted.aqua_train_examples
     aqua = Part("AQUA", lambda: AQUA("train", path=path, permute_seed=seed, seed=seed), rows)
+    programs = wanted.program_examples
     count = wanted.synthetic_examples
     if count < 0:
         count = 0 if _can_be_had(aqua) else NUM_SYNTHETIC
+    look_ups = (count + programs) // 10
     built_in = Part(
         "SYNTHETIC", lambda: Synthetic("train", size=count, seed=seed, quality=wanted.quality), count
     )
     return [
         aqua,
         built_in,
-        Part("look-ups", lambda: Drill(size=count // 10, seed=seed, single=True), count // 10),
+        Part("programs", lambda: Programs(size=programs, seed=seed, path=path), programs),
+        Part("look-ups", lambda: Drill(size=look_ups, seed=seed, single=True), look_ups),
     ]
 
 

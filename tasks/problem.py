@@ -191,23 +191,49 @@ def masked_key(problem: Problem) -> str:
     return re.sub(r"[^\w#]+|_", "", re.sub(r"\d+(?:[.,]\d+)*", "#", problem.question)).casefold()
 
 
+SHARED_WORDS = 13  # as GPT-3 (arXiv 2005.14165, appendix C) told its training text from its test sets
+
+
+def shares_words(texts: Iterable[str], held_out: Iterable[str], *, length: int = SHARED_WORDS) -> list[bool]:
+    """For each text, whether `length` words in a row of it stand in one of `held_out`; numbers are words, case is not seen."""
+    known = {run for text in held_out for run in _runs(text, length)}
+    return [not known.isdisjoint(_runs(text, length)) for text in texts]
+
+
+def _runs(text: str, length: int) -> Iterable[tuple[str, ...]]:
+    words = re.findall(r"[^\W_]+", text.casefold())
+    return zip(*(words[start:] for start in range(length)), strict=False)
+
+
 def deduplicate(
     train: Iterable[Problem], held_out: Iterable[Problem]
 ) -> tuple[list[Problem], dict[str, int]]:
-    """`train` without repetitions of itself and of `held_out`, exact or with numbers masked; and what was dropped."""
+    """
+    `train` without repetitions of itself and of `held_out`, and what was dropped. A held-out question is repeated exactly, with
+    other numbers, or by thirteen words in a row.
+    """
     held = list(held_out)
     exact, masked = {exact_key(problem) for problem in held}, {masked_key(problem) for problem in held}
     seen: set[tuple[Any, ...]] = set()
     kept: list[Problem] = []
     dropped = dict.fromkeys(
-        ("repeats a held-out question", "a held-out question with other numbers", "repeats an earlier row"), 0
+        (
+            "repeats a held-out question", "a held-out question with other numbers",
+            "thirteen words in a row of a held-out question", "repeats an earlier row",
+        ), 0,
+    )  # fmt: skip
+    problems = list(train)
+    overlaps = shares_words(
+        (problem.question for problem in problems), (problem.question for problem in held)
     )
-    for problem in train:
+    for problem, overlap in zip(problems, overlaps, strict=True):
         row = (exact_key(problem), problem.options, problem.gold, problem.rationale)
         if row[0] in exact:
             dropped["repeats a held-out question"] += 1
         elif masked_key(problem) in masked:
             dropped["a held-out question with other numbers"] += 1
+        elif overlap:
+            dropped["thirteen words in a row of a held-out question"] += 1
         elif row in seen:
             dropped["repeats an earlier row"] += 1
         else:

@@ -13,7 +13,7 @@ from task_rows import RAW, REAL, bare_machine, needs_real_data, numbered, with_h
 
 from nanochat.common import UserError
 from tasks.aqua import AQUA, Problem, deduplicate
-from tasks.problem import exact_key, masked_key
+from tasks.problem import exact_key, masked_key, shares_words
 from tasks.rows import DataUnavailable
 
 
@@ -188,6 +188,33 @@ def test_keys_see_through_spelling_and_numbers() -> None:
     assert exact_key(one) == "a3kgbox" and exact_key(one) != exact_key(two)
     assert masked_key(one) == masked_key(two)
     assert deduplicate([one, one, two], []) == ([one, two], {"repeats an earlier row": 1})
+
+
+def test_thirteen_words_in_a_row_of_a_held_out_question_are_too_many() -> None:
+    words = [
+        "a",
+        "farmer",
+        "who",
+        "keeps",
+        "hens",
+        "and",
+        "cows",
+        "counts",
+        "fifty",
+        "heads",
+        "and",
+        "140",
+        "feet",
+        "in",
+        "his",
+        "yard",
+    ]
+    held = Problem(" ".join(words), (), "A")
+    longer = Problem("One day, A farmer, " + " ".join(words[2:13]) + "; how many hens?", (), "A")
+    shorter = Problem(" ".join(words[:12]) + " how many hens?", (), "A")
+    kept, dropped = deduplicate([longer, shorter], [held])
+    assert kept == [shorter] and dropped == {"thirteen words in a row of a held-out question": 1}
+    assert shares_words(["none of it", held.question.upper()], [held.question]) == [False, True]
 
 
 def test_prepared_aqua_reads_back_as_the_same_problems(base: Path, tmp_path: Path, capsys: Any) -> None:

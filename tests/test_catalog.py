@@ -38,6 +38,7 @@ def nowhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 class Wanted:
     aqua_train_examples: int = -1
     synthetic_examples: int = -1
+    program_examples: int = 0
     quality: str = "mixed"
     aqua_path: str | None = None
     seed: int = 1
@@ -92,3 +93,12 @@ def test_levels_are_read_or_refused() -> None:
     assert (parse_levels(""), parse_levels("2"), parse_levels("0-1")) == (None, (2, 2), (0, 1))
     with pytest.raises(UserError, match="--difficulty=hard"):
         parse_levels("hard")
+
+
+def test_programs_join_when_asked_for_and_bring_look_ups(tmp_path: Path) -> None:
+    (tmp_path / "eval").mkdir()
+    row = '{"question": "Add 5 and 6 .", "equation": "x=5+6", "answer": 11}\n'
+    (tmp_path / "eval" / "mawps.jsonl").write_text(row)
+    mixture, notes = assemble(problems(Wanted(synthetic_examples=0, program_examples=40)), seed=1)
+    assert len(mixture) == 44
+    assert any("programs: 40 conversations from no AQuA rationales" in text for _, text in notes)

@@ -1,0 +1,129 @@
+"""
+Word problems whose whole solution is one calculator call, with numbers of their own in every copy.
+
+    What is the average of 12, 18 and 36?  - 20=A - 22=B ...
+    <|python_start|>(12+18+36)/3<|python_end|><|output_start|>22<|output_end|>Answer: B
+
+A small model cannot carry a long calculation; it can learn which operation a wording asks for, and to find a result among
+the options. So the arithmetic of real questions (MathQA's formulas, GSM8K's calls, the equations of rationales) is read as
+a tree over the numbers of the question; a solution that does not come to the answer that its row gives is thrown away. The
+surprising choice: no two copies of a question have the same numbers, for then only the way of solving can be learnt by heart.
+
+This is program induction (Ling et al. 2017, arXiv 1705.04146; Amini et al. 2019, arXiv 1905.13319) in a GPT's clothes.
+"""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from random import Random
+
+from nanochat.common import UserError, base_dir, data_dir, derive_seed
+from tasks.aqua import AQUA
+from tasks.common import Conversation, MultipleChoice, render_multiple_choice
+from tasks.expressions import show
+from tasks.problem import LETTERS, Problem, masked_key, shares_words
+from tasks.rows import DataUnavailable
+from tasks.solved import SOURCES, Solved, compute
+from tasks.variation import made_options, with_other_numbers
+
+CHANGED = 0.75  # share of the examples that get numbers of their own
+
+
+@functools.lru_cache(maxsize=2)
+def read_sources(
+    path: str | None, places: tuple[str, ...]
+) -> tuple[tuple[list[Solved], ...], tuple[str, ...]]:
+    """The questions of each source, none that AQuA's held-out splits know, and a note on each. `places` keys the cache."""
+    held_out = [problem for split in ("validation", "test") for problem in _held_out(split, path)]
+    masked = {masked_key(problem) for problem in held_out}
+    found: list[list[Solved]] = []
+    notes: list[str] = []
+    missing: list[str] = []
+    for source in SOURCES:
+        try:
+            rows, total = source.read(path)
+        except DataUnavailable as error:
+            found.append([])
+            notes.append(f"no {source.name}")
+            missing += error.tried
+            continue
+        overlaps = shares_words((row.question for row in rows), (problem.question for problem in held_out))
+        kept = [
+            row
+            for row, overlap in zip(rows, overlaps, strict=True)
+            if not overlap and masked_key(Problem(row.question, (), "")) not in masked
+        ]
+        found.append(kept)
+        notes.append(f"{source.name}: {len(kept):,} of {total:,}")
+    if not any(found):
+        raise DataUnavailable(Programs.name, missing)
+    return tuple(found), tuple(notes)
+
+
+def _held_out(split: str, path: str | None) -> list[Problem]:
+    try:
+        return AQUA(split, path=path).problems
+    except DataUnavailable:
+        return []
+
+
+class Programs(MultipleChoice):
+    """
+    `size` questions with solutions, drawn from all sources that can be had: `Programs(size=20_000)`.
+
+    Example n depends on the seed and n alone. None is a question of AQuA's validation or test with other numbers, or shares
+    thirteen words in a row with one.
+    Raises DataUnavailable where no source can be had.
+    """
+
+    name = "PROGRAMS"
+    baseline = 0.2
+
+    def __init__(
+        self,
+        *,
+        size: int,
+        seed: int = 42,
+        path: str | Path | None = None,
+        start: int = 0,
+        stop: int | None = None,
+        step: int = 1,
+    ) -> None:
+        super().__init__(start=start, stop=stop, step=step)
+        if size < 1:
+            raise UserError(f"{self.name}: size={size} must be at least 1")
+        places = (str(data_dir()), str(base_dir()))
+        found, notes = read_sources(None if path is None else str(path), places)
+        self.source = "; ".join(notes)
+        self._found, self._size, self._seed = found, size, seed
+        self._weights = [source.weight * len(rows) for source, rows in zip(SOURCES, found, strict=True)]
+
+    def num_examples(self) -> int:
+        return self._size
+
+    def get_example(self, index: int) -> Conversation:
+        random = Random(derive_seed("programs", self._seed, index))
+        rows = random.choices(self._found, self._weights)[0]
+        one = random.choice(rows)
+        if random.random() < CHANGED:
+            one = with_other_numbers(one, random)
+        return conversation_of(one, random)
+
+
+def conversation_of(one: Solved, random: Random) -> Conversation:
+    """The question with its options in any order; the call, its result, the letter."""
+    options = one.options or made_options(one, random)
+    order = random.sample(range(len(options)), len(options))
+    letter = LETTERS[order.index(one.gold)]
+    question = render_multiple_choice(one.question, LETTERS, [options[place] for place in order])
+    answer = [
+        {"type": "python", "text": show(one.tree, one.numbers)},
+        {"type": "python_output", "text": compute(one.tree, one.numbers) or ""},
+        {"type": "text", "text": f"Answer: {letter}"},
+    ]
+    return {
+        "messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}],
+        "letters": list(LETTERS),
+        "answer_letter": letter,
+    }
