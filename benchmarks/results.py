@@ -31,10 +31,16 @@ from nanochat.run_files import read_json
 
 TASK = "AQUA"
 CPU = {"PRESET": "cpu", "RL_STEPS": "280"}  # one pass over the AQuA rows at hand
+# Programs in place of written rationales: whole words in the vocabulary, short rows, many passes, nothing beside them.
+PROGRAMS = CPU | {
+    "VOCAB_SIZE": "2048", "PROGRAM_EXAMPLES": "300000", "AQUA_TRAIN_EXAMPLES": "0", "SYNTHETIC_EXAMPLES": "0",
+    "OTHER_EXAMPLES": "0", "SFT_BATCH_TOKENS": "4096", "SFT_ITERATIONS": "12000", "MAX_NEW_TOKENS": "96",
+    "EXTRA_MID_TRAIN": "--aqua_train_examples=0", "EXTRA_CHAT_SFT": "--max_seq_len=256",
+}  # fmt: skip
 SIZES: dict[str, dict[str, str]] = {
     "0.2M": CPU | {"DEPTH": "2", "N_EMBD": "64", "N_HEAD": "2"},
     "0.4M": CPU,
-    "0.9M": CPU | {"DEPTH": "4", "N_EMBD": "128", "N_HEAD": "4"},
+    "0.7M": PROGRAMS,
     "d8": {"DEPTH": "8"},
     "d12": {"DEPTH": "12"},
 }
@@ -47,7 +53,7 @@ VOTE = "chat_eval_rl_vote"
 class Config:
     """Train and ask one size, for several seeds."""
 
-    size: Literal["0.2M", "0.4M", "0.9M", "d8", "d12"] = "0.4M"
+    size: Literal["0.2M", "0.4M", "0.7M", "d8", "d12"] = "0.4M"
     """parameters for a CPU, depth for GPUs"""
     seeds: str = "42,43,44"
     """seeds, with commas between"""

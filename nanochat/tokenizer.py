@@ -248,9 +248,9 @@ class Tokenizer:
 
         for role, parts in turns(conversation):
             say([self.special(f"<|{role}_start|>")], 0)
-            for kind, text in parts:
+            for kind, text, trained in parts:
                 # The tool's output is forced on the model, so there is nothing in it to learn.
-                say(self._part(kind, text), int(role == "assistant" and kind != "output"))
+                say(self._part(kind, text), int(role == "assistant" and kind != "output" and trained))
             say([self.special(f"<|{role}_end|>")], int(role == "assistant"))
         return ids[:max_tokens], mask[:max_tokens]
 

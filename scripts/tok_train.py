@@ -189,7 +189,7 @@ def conversation_texts(task: Any) -> Iterator[str]:
 
     for conversation in task:
         for _, parts in turns(conversation):
-            yield from (text for _, text in parts)
+            yield from (text for _, text, _ in parts)
 
 
 def describe(tokenizer: Tokenizer, stream: Stream, config: Config) -> dict[str, Any]:

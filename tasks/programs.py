@@ -15,19 +15,24 @@ This is program induction (Ling et al. 2017, arXiv 1705.04146; Amini et al. 2019
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
+from fractions import Fraction
 from pathlib import Path
 from random import Random
 
 from nanochat.common import UserError, base_dir, data_dir, derive_seed
 from tasks.aqua import AQUA
 from tasks.common import Conversation, MultipleChoice, render_multiple_choice
-from tasks.expressions import show
+from tasks.expressions import Tree, show, value_of
 from tasks.problem import LETTERS, Problem, masked_key, shares_words
 from tasks.rows import DataUnavailable
 from tasks.solved import SOURCES, Solved, compute
-from tasks.variation import made_options, with_other_numbers
+from tasks.variation import MAX_TRIES, made_options, mistakes, with_other_numbers
 
 CHANGED = 0.75  # share of the examples that get numbers of their own
+MISSED = 0.2  # share of the examples in which the call is a mistake, and no option has its result
+NO_OPTION = "No option."
+FAR = Fraction(3, 100)  # of an option: a result so far from all of them is none of them
 
 
 @functools.lru_cache(maxsize=2)
@@ -108,22 +113,39 @@ class Programs(MultipleChoice):
         one = random.choice(rows)
         if random.random() < CHANGED:
             one = with_other_numbers(one, random)
-        return conversation_of(one, random)
+        return conversation_of(one, random, missed=random.random() < MISSED)
 
 
-def conversation_of(one: Solved, random: Random) -> Conversation:
-    """The question with its options in any order; the call, its result, the letter."""
+def conversation_of(one: Solved, random: Random, *, missed: bool = False) -> Conversation:
+    """
+    The question with its options in any order; the call, its result, the letter.
+
+    With `missed` the call is a mistake, if one can be found whose result no option has, and what is trained is to say so.
+    """
     options = one.options or made_options(one, random)
+    wrong = _miss(one, options, random) if missed else None
     order = random.sample(range(len(options)), len(options))
     letter = LETTERS[order.index(one.gold)]
     question = render_multiple_choice(one.question, LETTERS, [options[place] for place in order])
+    tree = wrong or one.tree
     answer = [
-        {"type": "python", "text": show(one.tree, one.numbers)},
-        {"type": "python_output", "text": compute(one.tree, one.numbers) or ""},
-        {"type": "text", "text": f"Answer: {letter}"},
+        {"type": "python", "text": show(tree, one.numbers), "trained": wrong is None},
+        {"type": "python_output", "text": compute(tree, one.numbers) or ""},
+        {"type": "text", "text": f"Answer: {letter}" if wrong is None else NO_OPTION},
     ]
     return {
         "messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}],
         "letters": list(LETTERS),
         "answer_letter": letter,
     }
+
+
+def _miss(one: Solved, options: Sequence[str], random: Random) -> Tree | None:
+    """A mistake whose result is none of the options; None where a few tries find none."""
+    values = [value for option in options if (value := value_of(option)) is not None]
+    for _ in range(MAX_TRIES):
+        tree = mistakes(one.tree, random)
+        result = compute(tree, one.numbers)
+        if result and all(abs(abs(Fraction(result)) - abs(value)) > FAR * abs(value) for value in values):
+            return tree
+    return None

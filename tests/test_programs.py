@@ -187,6 +187,21 @@ def test_the_target_is_one_call_its_result_and_the_letter() -> None:
     assert set(letters) == set("ABCDE")
 
 
+def test_a_result_that_no_option_has_is_said_to_be_none_and_the_mistake_is_not_trained() -> None:
+    missed = 0
+    for seed in range(100):
+        conversation = conversation_of(kirk(), random.Random(seed), missed=True)
+        call, output, text = conversation["messages"][1]["content"]
+        assert evaluate(call["text"]) == output["text"]
+        if call["trained"]:
+            assert text["text"] == f"Answer: {conversation['answer_letter']}" and output["text"] == "905"
+            continue
+        missed += 1
+        assert text["text"] == "No option."
+        assert not any(close(Fraction(output["text"]), value_of(option)) for option in OPTIONS)
+    assert missed > 90
+
+
 # ---- the task ------------------------------------------------------------------------------------------------------
 
 
@@ -222,8 +237,11 @@ def test_examples_come_from_all_sources_and_hold_together(data: Path) -> None:
     task = Programs(size=300, seed=3)
     operations: Counter[str] = Counter()
     for conversation in task:
-        call, output, _ = conversation["messages"][1]["content"]
+        call, output, text = conversation["messages"][1]["content"]
         assert evaluate(call["text"]) == output["text"]
+        if text["text"] == "No option.":
+            assert task.answer(conversation, text["text"]) is None
+            continue
         prompt = conversation["messages"][0]["content"]
         [gold] = [line for line in prompt.splitlines() if line.endswith(f"={conversation['answer_letter']}")]
         assert close(Fraction(output["text"]), value_of(gold[2:-2]))

@@ -47,7 +47,7 @@ def say(role: str, content: Any) -> dict[str, Any]:
     return {"role": role, "content": content}
 
 
-def part(kind: str, text: str) -> dict[str, str]:
+def part(kind: str, text: str) -> dict[str, Any]:
     return {"type": kind, "text": text}
 
 
@@ -190,6 +190,18 @@ def test_a_conversation_is_laid_out_as_nanochat_does_and_the_assistant_alone_is_
     assert marked(TOKENIZER, chat) == (
         "<|bos|><|user_start|>Hi.<|user_end|><|assistant_start|>[Yes?<|assistant_end|>]"
         "<|user_start|>No.<|user_end|><|assistant_start|>[Oh.<|assistant_end|>]"
+    )
+
+
+def test_what_the_assistant_shall_not_learn_to_say_is_not_trained() -> None:
+    parts = [
+        part("python", "1/0") | {"trained": False},
+        part("text", "No "),
+        part("text", "way") | {"trained": False},
+    ]
+    chat = {"messages": [say("user", "How?"), say("assistant", parts)]}
+    assert marked(TOKENIZER, chat).endswith(
+        "<|assistant_start|><|python_start|>1/0<|python_end|>[No ]way[<|assistant_end|>]"
     )
 
 
