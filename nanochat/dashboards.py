@@ -53,7 +53,7 @@ DASHBOARDS: dict[str, tuple[Panel, ...]] = {
         Panel("Heads", ("attn/heads",), "table"),
     ),
     "Rollouts": (
-        Panel("Accuracy and reward", ("rl/acc", "rl/mean_reward", "rl/format_rate")),
+        Panel("Accuracy and reward", ("rl/acc", "rl/acc_answered", "rl/mean_reward", "rl/format_rate")),
         Panel(
             "Validation without reasoning, sampled, by vote",
             ("eval/letter_acc", "eval/mean_at_k", "eval/maj_at_k"),

@@ -75,9 +75,15 @@ SECTIONS: dict[str, dict[str, Metric]] = {
             "Level: nothing is learnt. It rises and eval/*_dev_acc does not: the training questions are memorised."),
         "rl/mean_reward": Metric(
             "Mean pay of a completion.",
-            "Mean of (1 if right) + (0.1 if exactly one well-formed answer line); a cut completion earns 0.",
+            "Mean of (1 if right) + (0.1 if exactly one well-formed answer line) + (`--wrong_reward` if that is wrong); a cut "
+            "completion earns 0.",
             "Follows rl/acc, plus 0.1 for every well-formed answer.",
             "It rises and rl/acc does not: only the form is learnt."),
+        "rl/acc_answered": Metric(
+            "Share of the answers given that are right.",
+            "Right completions / completions with exactly one well-formed answer line; absent in a step without any.",
+            "Above rl/acc where the policy may say that it has no answer; with `--wrong_reward=-0.25` it stays above 0.2.",
+            "Falls to 0.2 while rl/format_rate rises: the policy guesses in place of saying nothing."),
         "rl/reward_std": Metric(
             "Spread of the pay.",
             "Population standard deviation of the rewards of all completions of the step.",
@@ -87,7 +93,7 @@ SECTIONS: dict[str, dict[str, Metric]] = {
             "Share of completions that end in one answer line that can be read.",
             "Completions with exactly one well-formed `Answer: X` / all completions; a cut one has none.",
             "Share of well-formed final answers; should be near 1 after SFT and stay there.",
-            "Low from the start: SFT was too short. Falling: read rl/samples and rl/truncated_rate."),
+            "Low from the start: SFT was too short, or it taught to say nothing. Falling: read rl/samples and rl/truncated_rate."),
         "rl/frac_groups_all_right": Metric(
             "Questions that every sample solves.",
             "Groups whose completions are all right / groups of the step.",

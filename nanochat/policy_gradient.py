@@ -93,7 +93,7 @@ def trained_episodes(groups: Sequence[Sequence[Episode]], objective: Objective) 
             if any(e.completion.mask) and not (objective.mask_truncated and e.completion.truncated)
         ]
         for group in groups
-        if len({int(e.paid.correct) for e in group}) > 1  # integers: a group is dead exactly or not at all
+        if len({e.outcome for e in group}) > 1  # exact values: a group is dead exactly or not at all
     ]
     return [group for group in kept if group]
 

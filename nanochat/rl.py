@@ -41,6 +41,8 @@ class Reward(Protocol):
     @property
     def format(self) -> float: ...
     @property
+    def wrong(self) -> float: ...
+    @property
     def total(self) -> float: ...
 
 
@@ -77,6 +79,11 @@ class Episode:
     def num_tokens(self) -> int:
         """Sampled tokens, the stop token included, what a tool wrote left out."""
         return sum(self.completion.mask)
+
+    @property
+    def outcome(self) -> tuple[int, bool]:
+        """Right or not, and whether it pays for being wrong: what makes a group worth learning from, in exact values."""
+        return int(self.paid.correct), self.paid.wrong < 0
 
 
 Group = list[Episode]
@@ -138,6 +145,7 @@ def rollout(
     forbid_first: Sequence[int] = (),
     use_tools: bool = True,
     format_reward: float = 0.1,
+    wrong_reward: float = 0.0,
     description: str = "",
 ) -> list[Group]:
     """Sample `num_samples` completions of every question in one batch and mark them: one group per question.
@@ -158,7 +166,7 @@ def rollout(
     )
     groups = []
     for (question, conversation), prompt, group in zip(questions, prompts, completions, strict=True):
-        marked = [mark(task, tokenizer, conversation, one, format_reward) for one in group]
+        marked = [mark(task, tokenizer, conversation, one, format_reward, wrong_reward) for one in group]
         groups.append(
             [
                 Episode(question, sample, conversation, tuple(prompt), completion, *fields)
@@ -174,6 +182,7 @@ def mark(
     conversation: Conversation,
     completion: Completion,
     format_reward: float = 0.1,
+    wrong_reward: float = 0.0,
 ) -> tuple[str, str | None, str | None, Reward, Reward]:
     """Text, letter, gold letter and reward (twice) of a completion; one that hit the token limit earns nothing."""
     ids = completion.ids if completion.truncated else completion.ids[:-1]
@@ -183,6 +192,8 @@ def mark(
     if completion.truncated:
         # Cut at "Answer: C" it might have gone on; and what was not finished shall not pay.
         letter, reward = None, _paid_like(reward, correct=0.0, format=0.0)
+    elif letter is not None and not reward.correct:
+        reward = _paid_like(reward, wrong=wrong_reward)
     return text, letter, conversation.get("answer_letter"), reward, reward
 
 
@@ -204,7 +215,7 @@ def advantages(rewards: Sequence[float], kind: AdvantageKind = "center") -> list
         return [value * len(rewards) / max(1, len(rewards) - 1) for value in centered]
     if kind == "zscore":
         std = math.sqrt(math.fsum(value * value for value in centered) / len(rewards))
-        # No epsilon in the divisor: a live group has a right and a wrong episode, so its spread is large.
+        # No epsilon in the divisor: a live group has episodes of different outcomes, so its spread is large.
         return [value / std if std > 0 else 0.0 for value in centered]
     raise UserError(f"--advantage={kind} is not known; use center, zscore or rloo")
 
@@ -219,8 +230,8 @@ def with_advantages(groups: Sequence[Group], kind: AdvantageKind = "center") -> 
 
 
 def is_live(group: Sequence[Episode]) -> bool:
-    """Neither all right nor all wrong. By correctness, as integers: differences of format alone teach nothing."""
-    return len({int(e.paid.correct) for e in group}) > 1
+    """Neither all right nor all wrong, by exact outcomes: differences of format alone teach nothing."""
+    return len({e.outcome for e in group}) > 1
 
 
 def refill(
@@ -248,13 +259,13 @@ def randomize_rewards(groups: Sequence[Group], *, seed: int, step: int, world: W
 
     What still improves under it is not learnt from the answers.
     """
-    ranks = world.gather([(e.reward.correct, e.reward.format) for group in groups for e in group])
-    pool = sorted(pair for rank in ranks for pair in rank)  # sorted: the same on 1 rank and on 8
+    ranks = world.gather([(e.reward.correct, e.reward.format, e.reward.wrong) for g in groups for e in g])
+    pool = sorted(pay for rank in ranks for pay in rank)  # sorted: the same on 1 rank and on 8
 
     def draw(episode: Episode) -> Reward:
         generator = random.Random(derive_seed("random reward", seed, step, episode.question, episode.sample))
-        correct, form = pool[generator.randrange(len(pool))]
-        return _paid_like(episode.reward, correct=correct, format=form)
+        correct, form, wrong = pool[generator.randrange(len(pool))]
+        return _paid_like(episode.reward, correct=correct, format=form, wrong=wrong)
 
     return [[dataclasses.replace(e, paid=draw(e)) for e in group] for group in groups]
 
@@ -286,6 +297,8 @@ def step_metrics(groups: Sequence[Group], *, temperature: float, world: World) -
         "rl/temperature": temperature,
         "rl/group_size": n / num_groups,
     }
+    if total["formatted"]:
+        metrics["rl/acc_answered"] = total["correct"] / total["formatted"]
     if total["correct"]:
         metrics["rl/completion_len_solved"] = total["tokens_solved"] / total["correct"]
     if n > total["correct"]:

@@ -61,6 +61,8 @@ class Config(StageConfig):
     # reward and objective
     format_reward: float = 0.1
     """for exactly one well-formed answer line"""
+    wrong_reward: float = 0.0
+    """for an answer that is wrong; -0.25 makes a guess among five worth what saying nothing is worth"""
     reward_control: Literal["none", "random"] = "none"
     """random: the control in which rewards are drawn by lot; nothing should be learnt"""
     save_tag: str = ""
@@ -142,6 +144,8 @@ class Config(StageConfig):
             raise UserError(
                 f"--num_samples={self.num_samples}: a group needs at least 2 completions to compare"
             )
+        if self.wrong_reward > 0:
+            raise UserError(f"--wrong_reward={self.wrong_reward} would pay for wrong answers; use 0 or less")
         if self.top_k < 0:
             raise UserError(f"--top_k={self.top_k} is below 0; use 0 for all tokens")
 
@@ -306,6 +310,7 @@ def sample(engine: Engine, questions: Any, config: Config, world: World, step: i
             temperature=config.temperature,
             top_k=config.top_k,
             format_reward=config.format_reward,
+            wrong_reward=config.wrong_reward,
             description=f"rollouts of step {step}",
         )
 

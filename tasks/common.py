@@ -46,10 +46,12 @@ class Reward:
     """1.0 for the right answer, otherwise 0.0"""
     format: float
     """the format reward where there is exactly one well-formed final answer, otherwise 0.0"""
+    wrong: float = 0.0
+    """what a wrong final answer is paid on top, 0.0 or less; 0.0 where the answer is right or none is given"""
 
     @property
     def total(self) -> float:
-        return self.correct + self.format
+        return self.correct + self.format + self.wrong
 
 
 @dataclass(frozen=True, slots=True)

@@ -67,10 +67,11 @@ class ByteTokenizer:
 class Reward:
     correct: float = 0.0
     format: float = 0.1
+    wrong: float = 0.0
 
     @property
     def total(self) -> float:
-        return self.correct + self.format
+        return self.correct + self.format + self.wrong
 
 
 @dataclasses.dataclass(frozen=True)

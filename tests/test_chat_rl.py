@@ -60,6 +60,11 @@ def test_steps_are_as_many_as_asked_for_or_as_the_questions_give() -> None:
     assert count_steps(Config(), 5) == 1, "few questions are asked again within the step"
 
 
+def test_wrong_answers_are_never_paid_for() -> None:
+    with pytest.raises(UserError, match=r"--wrong_reward=0.25 would pay"):
+        Config(wrong_reward=0.25)
+
+
 def test_folders_and_records_follow_start_and_control(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

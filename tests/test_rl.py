@@ -16,6 +16,7 @@ from nanochat.optim import make_adamw
 from nanochat.policy_gradient import (
     Objective,
     batch_logprobs,
+    trained_episodes,
     update_policy,
 )
 from nanochat.rl import (
@@ -60,6 +61,15 @@ def test_a_group_that_differs_only_in_format_is_dead() -> None:
     assert not is_live(group)
     assert [e.advantage for e in with_advantages([group])[0]] == [0.0, 0.0, 0.0]
     assert is_live([*group, episode(0, 3, [1], [2], correct=1.0)])
+
+
+def test_where_wrong_answers_cost_saying_nothing_is_better_than_a_wrong_answer() -> None:
+    wrong = dataclasses.replace(episode(0, 0, [1], [2]), paid=Reward(0.0, 0.0, -0.25))
+    silent = dataclasses.replace(episode(0, 1, [1], [2]), paid=Reward(0.0, 0.0))
+    assert not is_live([wrong, wrong]) and not is_live([silent, silent])
+    [[low, high]] = with_advantages([[wrong, silent]])
+    assert (low.advantage, high.advantage) == (-0.125, 0.125)
+    assert trained_episodes([[wrong, silent]], Objective()) == [[wrong, silent]]
 
 
 def test_questions_come_once_per_epoch_in_a_new_order_each_epoch() -> None:
@@ -132,6 +142,7 @@ def test_step_metrics_of_two_groups_known_by_hand() -> None:
     assert metrics["rl/acc"] == 0.25 and metrics["rl/mean_reward"] == pytest.approx(1.1 / 4)
     assert metrics["rl/reward_std"] == pytest.approx(1.1 * math.sqrt(3) / 4)
     assert metrics["rl/format_rate"] == 0.25 and metrics["rl/truncated_rate"] == 0.75
+    assert metrics["rl/acc_answered"] == 1.0
     assert metrics["rl/frac_groups_all_wrong"] == 0.5 and metrics["rl/frac_groups_all_right"] == 0.0
     assert metrics["rl/live_groups"] == 1 and metrics["rl/group_size"] == 2
     assert metrics["rl/completion_len_solved"] == 2 and metrics["rl/completion_len_unsolved"] == 3
@@ -187,6 +198,27 @@ def test_the_format_reward_can_be_set() -> None:
     assert only.reward.format == 0.0
     metrics = step_metrics([[only]], temperature=1.0, world=ALONE)
     assert metrics["rl/format_rate"] == 1.0, "it is well-formed, whatever that is paid"
+
+
+@pytest.mark.parametrize(
+    ("says", "truncated", "pay"),
+    [
+        ("Answer: {gold}", False, Reward(1.0, 0.1)),
+        ("Answer: {other}", False, Reward(0.0, 0.1, -0.25)),
+        ("No option.", False, Reward(0.0, 0.0)),
+        ("Answer: {other}", True, Reward(0.0, 0.0)),
+    ],
+)
+def test_only_a_wrong_answer_costs_what_wrong_answers_cost(says: str, truncated: bool, pay: Reward) -> None:
+    tokenizer, task = ByteTokenizer(), Choices(1)
+    gold = task[0]["answer_letter"]
+    text = says.format(gold=gold, other="B" if gold == "A" else "A")
+    engine = ScriptedEngine(tokenizer, lambda prompt, sample: text, truncated=truncated)
+    ((only,),) = rollout(
+        engine, tokenizer, task, [(0, task[0])], num_samples=1, seeds=[1], max_tokens=8, wrong_reward=-0.25
+    )
+    assert only.reward == only.paid == pay
+    assert only.outcome == (int(pay.correct), pay.wrong < 0)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])

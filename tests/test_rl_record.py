@@ -68,6 +68,7 @@ def test_every_step_has_every_curve(record: Path) -> None:
     for row in steps:
         assert [name for name in [*EVERY_STEP, *LOOKS, *VALIDATION] if name not in row] == []
         assert any(name in row for name in WHERE_THERE_ARE_SUCH)
+        assert ("rl/acc_answered" in row) == (row["rl/format_rate"] > 0)
         assert [name for name in row if not describe(name)] == ["step", "time"]
 
 
