@@ -43,7 +43,15 @@ ACCURACIES = {
     "eval/gsm8k_dev_acc": "GSM8K validation",
 }
 SUPERVISED = (
-    Panel("Loss", {"train/loss": "training", "val/loss_aqua": "AQuA", "val/loss_synthetic": "synthetic"}),
+    Panel(
+        "Loss",
+        {
+            "train/loss": "training",
+            "val/loss_aqua": "AQuA",
+            "val/loss_programs": "programs",
+            "val/loss_synthetic": "synthetic",
+        },
+    ),
     Panel("Validation, bits per byte", {"val/bpb": ""}),
     Panel("Gradient norm", {"train/grad_norm": ""}, from_zero=True),
     Panel("Tokens per second", {"perf/tokens_per_second": ""}, from_zero=True),

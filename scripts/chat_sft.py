@@ -117,15 +117,19 @@ def main(config: Config) -> None:
 
 
 def validation_tasks(config: Config) -> list[Task]:
-    """Held-out word problems: AQuA's validation split where it can be had, and the built-in set where it is trained on."""
+    """Held-out word problems: AQuA's validation split where it can be had, programs and the built-in set where trained on."""
     from tasks.catalog import open_task
     from tasks.common import limit
+    from tasks.programs import Programs
     from tasks.rows import DataUnavailable
 
     tasks: list[Task] = []
     count = None if config.aqua_val_examples < 0 else config.aqua_val_examples
     with suppress(DataUnavailable):  # the mixture has said so already
         tasks.append(limit(open_task("AQUA", "validation", aqua_path=config.aqua_path), count))
+    if config.program_examples > 0:
+        with suppress(DataUnavailable):
+            tasks.append(Programs("validation", size=256, seed=config.seed, path=config.aqua_path))
     if config.synthetic_examples > 0 or not tasks:
         tasks.append(limit(open_task("SYNTHETIC", "validation", seed=config.seed), 256))
     return tasks

@@ -175,7 +175,7 @@ def problems(wanted: WordProblems) -> list[Part]:
     return [
         aqua,
         built_in,
-        Part("programs", lambda: Programs(size=programs, seed=seed, path=path), programs),
+        Part("programs", lambda: Programs("train", size=programs, seed=seed, path=path), programs),
         Part("look-ups", lambda: Drill(size=look_ups, seed=seed, single=True), look_ups),
     ]
 

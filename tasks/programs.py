@@ -15,10 +15,12 @@ This is program induction (Ling et al. 2017, arXiv 1705.04146; Amini et al. 2019
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 from random import Random
+from typing import Literal
 
 from nanochat.common import UserError, base_dir, data_dir, derive_seed
 from tasks.aqua import AQUA
@@ -29,41 +31,64 @@ from tasks.rows import DataUnavailable
 from tasks.solved import SOURCES, Solved, compute
 from tasks.variation import MAX_TRIES, made_options, mistakes, with_other_numbers
 
+Split = Literal["train", "validation"]
+
 CHANGED = 0.75  # share of the examples that get numbers of their own
 MISSED = 0.2  # share of the examples in which the call is a mistake, and no option has its result
 NO_OPTION = "No option."
 FAR = Fraction(3, 100)  # of an option: a result so far from all of them is none of them
+HELD_OUT = 40  # one question in so many is for validation, with all that differ from it in numbers alone
+
+
+@dataclass(frozen=True, slots=True)
+class Read:
+    """What one source has: its questions by split, how many rows it has in all; nothing where it cannot be had."""
+
+    name: str
+    weight: float
+    questions: Mapping[Split, Sequence[Solved]]
+    total: int | None = None
+
+    def note(self, split: Split) -> str:
+        """For the stage to print: how many questions of the source are used."""
+        if self.total is None:
+            return f"no {self.name}"
+        return f"{self.name}: {len(self.questions[split]):,} of {self.total:,}"
 
 
 @functools.lru_cache(maxsize=2)
-def read_sources(
-    path: str | None, places: tuple[str, ...]
-) -> tuple[tuple[list[Solved], ...], tuple[str, ...]]:
-    """The questions of each source, none that AQuA's held-out splits know, and a note on each. `places` keys the cache."""
+def read_sources(path: str | None, places: tuple[str, ...]) -> tuple[Read, ...]:
+    """
+    Every source, less the questions that AQuA's held-out splits know. `places` keys the cache.
+
+    Raises DataUnavailable where no source has a question.
+    """
     held_out = [problem for split in ("validation", "test") for problem in _held_out(split, path)]
     masked = {masked_key(problem) for problem in held_out}
-    found: list[list[Solved]] = []
-    notes: list[str] = []
+    found: list[Read] = []
     missing: list[str] = []
     for source in SOURCES:
+        questions: dict[Split, list[Solved]] = {"train": [], "validation": []}
         try:
             rows, total = source.read(path)
         except DataUnavailable as error:
-            found.append([])
-            notes.append(f"no {source.name}")
+            found.append(Read(source.name, source.weight, questions))
             missing += error.tried
             continue
         overlaps = shares_words((row.question for row in rows), (problem.question for problem in held_out))
-        kept = [
-            row
-            for row, overlap in zip(rows, overlaps, strict=True)
-            if not overlap and masked_key(Problem(row.question, (), "")) not in masked
-        ]
-        found.append(kept)
-        notes.append(f"{source.name}: {len(kept):,} of {total:,}")
-    if not any(found):
+        for row, overlap in zip(rows, overlaps, strict=True):
+            key = masked_key(Problem(row.question, (), ""))
+            if not overlap and key not in masked:
+                questions[split_of(key)].append(row)
+        found.append(Read(source.name, source.weight, questions, total))
+    if not any(any(read.questions.values()) for read in found):
         raise DataUnavailable(Programs.name, missing)
-    return tuple(found), tuple(notes)
+    return tuple(found)
+
+
+def split_of(key: str) -> Split:
+    """Where the questions of a masked key belong: the wording decides, so no validation question is trained on renumbered."""
+    return "train" if derive_seed("programs held out", key) % HELD_OUT else "validation"
 
 
 def _held_out(split: str, path: str | None) -> list[Problem]:
@@ -75,9 +100,9 @@ def _held_out(split: str, path: str | None) -> list[Problem]:
 
 class Programs(MultipleChoice):
     """
-    `size` questions with solutions, drawn from all sources that can be had: `Programs(size=20_000)`.
+    `size` questions with solutions, drawn from all sources that can be had: `Programs("train", size=20_000)`.
 
-    Example n depends on the seed and n alone. None is a question of AQuA's validation or test with other numbers, or shares
+    Example n depends on split, seed and n alone. Those of validation have their own numbers, and a call without mistake. None is a question of AQuA's validation or test with other numbers, or shares
     thirteen words in a row with one.
     Raises DataUnavailable where no source can be had.
     """
@@ -87,6 +112,7 @@ class Programs(MultipleChoice):
 
     def __init__(
         self,
+        split: Split = "train",
         *,
         size: int,
         seed: int = 42,
@@ -99,18 +125,23 @@ class Programs(MultipleChoice):
         if size < 1:
             raise UserError(f"{self.name}: size={size} must be at least 1")
         places = (str(data_dir()), str(base_dir()))
-        found, notes = read_sources(None if path is None else str(path), places)
-        self.source = "; ".join(notes)
-        self._found, self._size, self._seed = found, size, seed
-        self._weights = [source.weight * len(rows) for source, rows in zip(SOURCES, found, strict=True)]
+        found = read_sources(None if path is None else str(path), places)
+        self.source = "; ".join(read.note(split) for read in found)
+        self._found = [read.questions[split] for read in found]
+        self._weights = [read.weight * len(read.questions[split]) for read in found]
+        if not any(self._weights):
+            raise DataUnavailable(self.name, [f"no question of the {split} split"])
+        self._size, self._seed, self._split = size, seed, split
 
     def num_examples(self) -> int:
         return self._size
 
     def get_example(self, index: int) -> Conversation:
-        random = Random(derive_seed("programs", self._seed, index))
+        random = Random(derive_seed("programs", self._split, self._seed, index))
         rows = random.choices(self._found, self._weights)[0]
         one = random.choice(rows)
+        if self._split == "validation":
+            return conversation_of(one, random)
         if random.random() < CHANGED:
             one = with_other_numbers(one, random)
         return conversation_of(one, random, missed=random.random() < MISSED)

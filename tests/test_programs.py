@@ -225,6 +225,21 @@ def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "data"
 
 
+THINGS = (
+    "pens",
+    "books",
+    "cups",
+    "plates",
+    "forks",
+    "lamps",
+    "chairs",
+    "desks",
+    "bags",
+    "hats",
+    "shoes",
+    "rings",
+)
+WORDS = [chr(97 + n % 26) * (1 + n // 26) for n in range(300)]
 SECRET = "a farmer keeps hens and cows and counts together 50 heads and 140 feet in one yard"
 
 
@@ -267,6 +282,33 @@ def test_what_validation_asks_is_not_taught(data: Path) -> None:
     assert not any("farmer" in conversation["messages"][0]["content"] for conversation in task)
 
 
+def test_a_wording_is_for_training_or_for_validation_and_its_numbers_do_not_matter(
+    data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tasks.programs.HELD_OUT", 3)
+    asked = [f"What do {n} {thing} at {price} cost ?" for n in (3, 4) for price in (7, 9) for thing in THINGS]
+    rows = [{"question": q, "equation": f"x={q[8]}*{q[-8]}", "answer": int(q[8]) * int(q[-8])} for q in asked]
+    write(data / "eval", "mawps", rows)
+    seen = {}
+    for split in ("train", "validation"):
+        task = Programs(split, size=400)
+        seen[split] = {conversation["messages"][0]["content"].split()[3] for conversation in task}
+        assert f"MAWPS equations: {4 * len(seen[split])} of {len(rows)}" in task.source
+    assert seen["train"] | seen["validation"] == set(THINGS) and not seen["train"] & seen["validation"]
+    assert 1 < len(seen["validation"]) < len(seen["train"])
+    for conversation in Programs("validation", size=50):
+        assert conversation["messages"][1]["content"][2]["text"] == f"Answer: {conversation['answer_letter']}"
+
+
 def test_without_any_source_it_says_where_it_looked(data: Path) -> None:
     with pytest.raises(DataUnavailable, match="mawps"):
         Programs(size=5)
+
+
+def test_sft_that_trains_on_programs_validates_on_programs(data: Path) -> None:
+    from scripts.chat_sft import Config, validation_tasks
+
+    rows = [{"question": f"Add 5 and 6 {word} .", "equation": "x=5+6", "answer": 11} for word in WORDS]
+    write(data / "eval", "mawps", rows)
+    assert [task.name for task in validation_tasks(Config(program_examples=9))] == ["PROGRAMS"]
+    assert [task.name for task in validation_tasks(Config())] == ["SYNTHETIC"]
