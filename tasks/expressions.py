@@ -24,35 +24,10 @@ NUMBER = re.compile(r"(?<![\w.,])\d{1,3}(?:,\d{3})+(?:\.\d+)?(?!\d)|\d+(?:\.\d+)
 PI = "3.1416"
 LARGEST_CONSTANT = 12
 CONSTANTS = frozenset(
-    map(
-        Fraction,
-        [
-            "15",
-            "18",
-            "20",
-            "24",
-            "25",
-            "30",
-            "36",
-            "50",
-            "52",
-            "60",
-            "90",
-            "100",
-            "180",
-            "360",
-            "365",
-            "1000",
-            "3600",
-            "10000",
-            "0.5",
-            "0.25",
-            "0.1",
-            "0.01",
-            "3.14",
-        ],
-    )
+    Fraction(text)
+    for text in "15 18 20 24 25 30 36 50 52 60 90 100 180 360 365 1000 3600 10000 0.5 0.25 0.1 0.01 3.14".split()  # noqa: SIM905
 )
+"""beside the whole numbers up to LARGEST_CONSTANT"""
 TOLERANCE = Fraction(6, 1000)  # of the value: options are rounded
 
 
