@@ -29,12 +29,15 @@ from tasks.expressions import Tree, show, value_of
 from tasks.problem import LETTERS, Problem, masked_key, shares_words
 from tasks.rows import DataUnavailable
 from tasks.solved import SOURCES, Solved, compute
-from tasks.variation import MAX_TRIES, made_options, mistakes, with_other_numbers
+from tasks.variation import MAX_TRIES, made_options, mistakes, with_fewer_words, with_other_numbers
 
 Split = Literal["train", "validation"]
 
 CHANGED = 0.75  # share of the examples that get numbers of their own
-MISSED = 0.2  # share of the examples in which the call is a mistake, and no option has its result
+DROPPED = (
+    0.3  # of the words of an example at most: a wording of which a part says enough is not learnt by heart
+)
+MISSED = 0.3  # share of the examples in which the call is a mistake, and no option has its result
 NO_OPTION = "No option."
 FAR = Fraction(3, 100)  # of an option: a result so far from all of them is none of them
 HELD_OUT = 40  # one question in so many is for validation, with all that differ from it in numbers alone
@@ -144,6 +147,7 @@ class Programs(MultipleChoice):
             return conversation_of(one, random)
         if random.random() < CHANGED:
             one = with_other_numbers(one, random)
+        one = with_fewer_words(one, random.uniform(0, DROPPED), random)
         return conversation_of(one, random, missed=random.random() < MISSED)
 
 
@@ -175,7 +179,9 @@ def _miss(one: Solved, options: Sequence[str], random: Random) -> Tree | None:
     """A mistake whose result is none of the options; None where a few tries find none."""
     values = [value for option in options if (value := value_of(option)) is not None]
     for _ in range(MAX_TRIES):
-        tree = mistakes(one.tree, random)
+        tree = one.tree
+        for _ in range(random.randint(1, 3)):
+            tree = mistakes(tree, random)
         result = compute(tree, one.numbers)
         if result and all(abs(abs(Fraction(result)) - abs(value)) > FAR * abs(value) for value in values):
             return tree

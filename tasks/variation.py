@@ -1,5 +1,5 @@
 """
-The same problem with other numbers, and wrong options where a source has none.
+The same problem with other numbers, with fewer words, and wrong options where a source has none.
 
 A question of which no two copies have the same numbers can only be learnt by how it is solved. What changes stays of its kind:
 a price keeps its cents, a percentage stays below 100, a whole answer stays whole, and the options move along with it.
@@ -7,7 +7,9 @@ a price keeps its cents, a percentage stays below 100, a whole answer stays whol
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
+from dataclasses import replace
 from fractions import Fraction
 from random import Random
 
@@ -72,6 +74,20 @@ def with_other_numbers(one: Solved, random: Random) -> Solved:
             continue
         return Solved(_replaced(one.question, numbers), numbers, one.tree, options, one.gold)
     return one
+
+
+_PLAIN_WORD = re.compile(
+    r"(?!(?:one|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve|dozen|half|third|quarter|twice|thrice|double|triple)\b)"
+    r"[^\W\d_][^\d]*",
+    re.IGNORECASE,
+)
+
+
+def with_fewer_words(one: Solved, share: float, random: Random) -> Solved:
+    """The same question without that share of its words, drawn by lot; numbers and signs all stay, and words for numbers."""
+    words = one.question.split(" ")
+    kept = [word for word in words if not _PLAIN_WORD.fullmatch(word) or random.random() >= share]
+    return replace(one, question=" ".join(kept))
 
 
 def _like(value: Fraction, before: Fraction) -> bool:

@@ -29,7 +29,7 @@ from tasks.solved import (
     published_row,
     solved,
 )
-from tasks.variation import changed_number, made_options, mistakes, with_other_numbers
+from tasks.variation import changed_number, made_options, mistakes, with_fewer_words, with_other_numbers
 
 QUESTION = "Kirk received commissions of $850 and $705. What must the third be for an average of $820 on the 3 sales?"
 OPTIONS = ("$895", "$905", "$910", "$915", "$945")
@@ -174,6 +174,19 @@ def test_a_mistake_is_mostly_another_solution() -> None:
     assert isinstance(tree, Operation)
 
 
+def test_words_are_dropped_and_numbers_signs_and_words_for_numbers_stay() -> None:
+    text = "Half of the 12 red pens - three boxes - cost $1,200 and twice as much."
+    one = Solved(text, ("12", "1200"), kirk().tree)
+    found = {with_fewer_words(one, 0.5, random.Random(seed)) for seed in range(50)}
+    assert len(found) > 40
+    for fewer in found:
+        assert numbers_of(fewer.question) == ["12", "1200"] and fewer.tree is one.tree
+        assert {"Half", "three", "twice"} <= set(fewer.question.split()) and fewer.question.count("-") == 2
+    words = [len(fewer.question.split()) for fewer in found]
+    assert min(words) < 11 < max(words) and with_fewer_words(one, 0.0, random.Random(1)) == one
+    assert with_fewer_words(one, 1.0, random.Random(1)).question == "Half 12 - three - $1,200 twice"
+
+
 def test_the_target_is_one_call_its_result_and_the_letter() -> None:
     letters: Counter[str] = Counter()
     for seed in range(400):
@@ -292,7 +305,8 @@ def test_a_wording_is_for_training_or_for_validation_and_its_numbers_do_not_matt
     seen = {}
     for split in ("train", "validation"):
         task = Programs(split, size=400)
-        seen[split] = {conversation["messages"][0]["content"].split()[3] for conversation in task}
+        asked_for = [conversation["messages"][0]["content"] for conversation in task]
+        seen[split] = {thing for thing in THINGS for prompt in asked_for if thing in prompt}
         assert f"MAWPS equations: {4 * len(seen[split])} of {len(rows)}" in task.source
     assert seen["train"] | seen["validation"] == set(THINGS) and not seen["train"] & seen["validation"]
     assert 1 < len(seen["validation"]) < len(seen["train"])
