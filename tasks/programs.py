@@ -34,9 +34,7 @@ from tasks.variation import MAX_TRIES, made_options, mistakes, with_fewer_words,
 Split = Literal["train", "validation"]
 
 CHANGED = 0.75  # share of the examples that get numbers of their own
-DROPPED = (
-    0.3  # of the words of an example at most: a wording of which a part says enough is not learnt by heart
-)
+DROPPED = 0.3  # of the words of an example, at most: what is left of a wording must do
 MISSED = 0.3  # share of the examples in which the call is a mistake, and no option has its result
 NO_OPTION = "No option."
 FAR = Fraction(3, 100)  # of an option: a result so far from all of them is none of them
