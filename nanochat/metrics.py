@@ -82,7 +82,7 @@ SECTIONS: dict[str, dict[str, Metric]] = {
         "rl/acc_answered": Metric(
             "Share of the answers given that are right.",
             "Right completions / completions with exactly one well-formed answer line; absent in a step without any.",
-            "Above rl/acc where the policy may say that it has no answer; with `--wrong_reward=-0.25` it stays above 0.2.",
+            "Above rl/acc where the policy may say that it has no answer; with `--wrong_reward=-0.5` above one third, where answers pay.",
             "Falls to 0.2 while rl/format_rate rises: the policy guesses in place of saying nothing."),
         "rl/reward_std": Metric(
             "Spread of the pay.",

@@ -62,7 +62,7 @@ class Config(StageConfig):
     format_reward: float = 0.1
     """for exactly one well-formed answer line"""
     wrong_reward: float = 0.0
-    """for an answer that is wrong; -0.25 makes a guess among five worth what saying nothing is worth"""
+    """for an answer that is wrong; at -0.25 a guess among five is worth no more than silence, below that it costs"""
     reward_control: Literal["none", "random"] = "none"
     """random: the control in which rewards are drawn by lot; nothing should be learnt"""
     save_tag: str = ""
