@@ -7,7 +7,8 @@ Word problems whose whole solution is one calculator call, with numbers of their
 A small model cannot carry a long calculation; it can learn which operation a wording asks for, and to find a result among
 the options. So the arithmetic of real questions (MathQA's formulas, GSM8K's calls, the equations of rationales) is read as
 a tree over the numbers of the question; a solution that does not come to the answer that its row gives is thrown away. The
-surprising choice: no two copies of a question have the same numbers, for then only the way of solving can be learnt by heart.
+surprising choices: no two copies of a question have the same numbers or all of its words, so that less can be learnt by heart;
+and in three of ten examples the call is wrong, is not trained, and "No option." is the right thing to say of its result.
 
 This is program induction (Ling et al. 2017, arXiv 1705.04146; Amini et al. 2019, arXiv 1905.13319) in a GPT's clothes.
 """
