@@ -65,10 +65,14 @@ def _parts(content: Any, role: str) -> list[Part]:
         if kind is None or not isinstance(part.get("text"), str) or (kind != "text" and role != "assistant"):
             allowed = "text, python or python_output" if role == "assistant" else "text"
             raise UserError(f'a part of the {role} is {{"type": {allowed}, "text": ...}}; not {part!r:.80}')
-        text, trained = part["text"], part.get("trained", True) is not False
-        if parts and kind == parts[-1][0] == "text" and trained == parts[-1][2]:
-            before = parts.pop()[1]
+        text, trained = part["text"], part.get("trained", True)
+        if not isinstance(trained, bool):
+            raise UserError(f'"trained" of a part of the {role} is true or false, not {trained!r:.40}')
+        if parts and kind == parts[-1][0] == "text":
+            _, before, as_before = parts[-1]
             apart = not before or not text or before.endswith("\n") or text.startswith("\n")
-            text = before + ("" if apart else "\n") + text
+            text = ("" if apart else "\n") + text
+            if trained == as_before:
+                text = parts.pop()[1] + text
         parts.append((kind, text, trained))
     return parts

@@ -196,12 +196,12 @@ def test_a_conversation_is_laid_out_as_nanochat_does_and_the_assistant_alone_is_
 def test_what_the_assistant_shall_not_learn_to_say_is_not_trained() -> None:
     parts = [
         part("python", "1/0") | {"trained": False},
-        part("text", "No "),
+        part("text", "No"),
         part("text", "way") | {"trained": False},
     ]
     chat = {"messages": [say("user", "How?"), say("assistant", parts)]}
     assert marked(TOKENIZER, chat).endswith(
-        "<|assistant_start|><|python_start|>1/0<|python_end|>[No ]way[<|assistant_end|>]"
+        "<|assistant_start|><|python_start|>1/0<|python_end|>[No]\nway[<|assistant_end|>]"
     )
 
 
@@ -292,6 +292,10 @@ def test_a_prompt_ends_where_the_assistant_begins() -> None:
         (
             {"messages": [say("user", "a"), say("assistant", [{"type": [], "text": ""}])]},
             "a part of the assistant",
+        ),
+        (
+            {"messages": [say("user", "a"), say("assistant", [part("text", "b") | {"trained": "no"}])]},
+            "is true or false, not 'no'",
         ),
     ],
 )
