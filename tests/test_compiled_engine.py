@@ -8,8 +8,8 @@ import torch
 from nanochat.config import StageConfig
 from nanochat.engine import Engine
 from nanochat.train import compiles
+from tests.characters import Characters, make_model
 from tests.gloo import single
-from tests.test_engine import Characters, make_model
 
 
 def test_the_flag_compiles_where_it_wins() -> None:

@@ -1,90 +1,40 @@
-"""The engine: cached is uncached, company changes nothing, the stop token counts, and the tool speaks when it should."""
+"""The engine: cached is uncached, company changes nothing, and the stop token counts."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Sequence
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
 
 from nanochat.common import UserError
-from nanochat.engine import Completion, Engine
-from nanochat.gpt import GPT, Attend, GPTConfig
+from nanochat.engine import Engine
 from nanochat.kv_cache import Extent
 from nanochat.rows import Request
 from nanochat.sampling import Sampling
-
-WORDS = ["bos", "user_start", "user_end", "assistant_start", "assistant_end"]
-WORDS += ["python_start", "python_end", "output_start", "output_end"]
-CHARACTERS = "0123456789+-*/(). abcdef"
-VOCAB = len(WORDS) + len(CHARACTERS)
-
-
-class Characters:
-    """A tokenizer of single characters; the specials come first."""
-
-    bos_id = 0
-
-    def special(self, name: str) -> int:
-        return WORDS.index(name.strip("<|>"))
-
-    def encode(self, text: str) -> list[int]:
-        return [len(WORDS) + CHARACTERS.index(character) for character in text]
-
-    def decode(self, ids: Sequence[int]) -> str:
-        return "".join(CHARACTERS[id - len(WORDS)] if id >= len(WORDS) else "?" for id in ids)
-
-
-BOS, USER, USER_END, ANSWER, STOP, PYTHON, PYTHON_END, OUTPUT, OUTPUT_END = range(len(WORDS))
-
-SHAPES: dict[str, dict[str, Any]] = {
-    "plain": {},
-    "grouped queries": {"n_kv_head": 2},
-    "one key head": {"n_kv_head": 1},
-    "windows": {"window_pattern": "SSL", "window_len": 5},
-    "previous tokens": {"smear": 3},
-    "everything": {"n_kv_head": 2, "window_pattern": "SL", "window_len": 7, "smear": 2, "qk_scale": 1.2},
-}
-
-
-def make_model(*, dtype: torch.dtype = torch.float32, seed: int = 0, **shape: Any) -> GPT:
-    """A small model of random weights: nothing in it is zero, and it stops now and then."""
-    torch.manual_seed(seed)
-    values = {"n_head": 4, "n_embd": 32, "sequence_len": 96} | shape
-    model = GPT(GPTConfig.for_depth(3, vocab_size=VOCAB, **values), dtype=dtype)
-    with torch.no_grad():
-        for name, weight in model.named_parameters():
-            if "c_proj" in name or name == "lm_head.weight":
-                weight.normal_(std=0.3)
-    return model
-
-
-def make_engine(model: GPT | None = None, **settings: Any) -> Engine:
-    return Engine(model or make_model(), Characters(), **settings)  # type: ignore[arg-type]
-
-
-def make_prompts(count: int, seed: int = 0, shortest: int = 1, longest: int = 40) -> list[list[int]]:
-    generator = torch.Generator().manual_seed(seed)
-    lengths = torch.randint(shortest, longest + 1, (count,), generator=generator).tolist()
-    return [torch.randint(len(WORDS), VOCAB, (length,), generator=generator).tolist() for length in lengths]
-
-
-def ids_of(groups: list[list[Completion]]) -> list[list[list[int]]]:
-    return [[completion.ids for completion in group] for group in groups]
-
-
-def teacher_forced(model: GPT, prompt: Sequence[int], completion: Completion, temperature: float) -> Tensor:
-    """The log-probabilities that training computes for a completion: one plain forward of the whole row."""
-    row = torch.tensor([[*prompt, *completion.ids]])
-    states = model.hidden(row[:, :-1])[0, len(prompt) - 1 :]
-    return model.token_logprobs(states, torch.tensor(completion.ids), temperature=temperature)
-
+from tests.characters import (
+    ANSWER,
+    BOS,
+    CHAT,
+    SHAPES,
+    STOP,
+    USER,
+    USER_END,
+    VOCAB,
+    Characters,
+    ask,
+    call,
+    ids_of,
+    make_engine,
+    make_model,
+    make_prompts,
+    script_model,
+    teacher_forced,
+)
 
 # --- the same numbers as the plain forward -----------------------------------------------------------------------
 
@@ -338,140 +288,6 @@ def test_what_cannot_be_is_refused_in_a_line(wrong: dict[str, Any], word: str) -
     with pytest.raises(UserError, match=word) as caught:
         make_engine().generate(prompts, **values)
     assert "\n" not in str(caught.value)
-
-
-# --- the tool ----------------------------------------------------------------------------------------------------
-
-
-class Script(GPT):
-    """A model that says `script`, whatever it is told: state and head map position p to script[p]."""
-
-    script: list[int]
-
-    def hidden(
-        self,
-        ids: Tensor,
-        *,
-        positions: Tensor | None = None,
-        context: Tensor | None = None,
-        attend: Attend | None = None,
-    ) -> Tensor:
-        if positions is None:
-            positions = torch.arange(ids.size(1)).expand_as(ids)
-        return torch.nn.functional.one_hot(torch.tensor(self.script)[positions], VOCAB).float()
-
-
-def script_model(text: str | Sequence[int], prompt: int = 1, length: int = 96) -> Script:
-    """Says `text`, then stops, after a prompt of `prompt` tokens."""
-    ids = Characters().encode(text) if isinstance(text, str) else list(text)
-    model = Script(
-        GPTConfig.for_depth(1, vocab_size=VOCAB, sequence_len=length, n_embd=VOCAB + VOCAB % 2, n_head=1)
-    )
-    model.script = ([0] * (prompt - 1) + ids + [STOP] * (length + 64))[: length + 64]
-    model.lm_head.weight = torch.nn.Parameter(torch.eye(VOCAB) * 60)
-    return model
-
-
-CHAT = [BOS, USER, 12, USER_END, ANSWER]
-
-
-def ask(script: Sequence[int], prompt: Sequence[int] = CHAT, check_every: int = 1, **how: Any) -> Completion:
-    model = script_model(script, len(prompt))
-    values: dict[str, Any] = {"max_tokens": 60, "temperature": 0.0, "seeds": [0]} | how
-    [[completion]] = make_engine(model, check_every=check_every).generate([prompt], **values)
-    return completion
-
-
-def call(expression: str, after: int = 0, rest: str = "a") -> list[int]:
-    """A script that calls the tool; `after` places are left for what the tool says."""
-    encode = Characters().encode
-    return [*encode("ab"), PYTHON, *encode(expression), PYTHON_END, *[12] * after, *encode(rest)]
-
-
-@pytest.mark.parametrize("check_every", [1, 2, 3, 4, 5, 16, 64])
-def test_the_result_is_forced_with_mask_and_logprob_zero(check_every: int) -> None:
-    encode = Characters().encode
-    forced = [OUTPUT, *encode("42"), OUTPUT_END]
-    completion = ask(call("6*7", after=len(forced)), check_every=check_every)
-    said = [*encode("ab"), PYTHON, *encode("6*7"), PYTHON_END]
-    assert completion.ids == [*said, *forced, *encode("a"), STOP]
-    assert completion.mask == [1] * len(said) + [0] * len(forced) + [1, 1]
-    assert [
-        logprob == 0.0 for logprob, mask in zip(completion.logprobs, completion.mask, strict=True) if not mask
-    ] == [True] * len(forced)
-    assert not completion.truncated
-
-
-@pytest.mark.parametrize("check_every", [1, 4])
-def test_two_calls_give_two_results(check_every: int) -> None:
-    encode = Characters().encode
-    first, second = [OUTPUT, *encode("3"), OUTPUT_END], [OUTPUT, *encode("-1"), OUTPUT_END]
-    script = [*call("1+2", after=3, rest=""), *call("1-2", after=4, rest="c")]
-    completion = ask(script, check_every=check_every)
-    assert completion.ids == [
-        *[*encode("ab"), PYTHON, *encode("1+2"), PYTHON_END, *first],
-        *[*encode("ab"), PYTHON, *encode("1-2"), PYTHON_END, *second, *encode("c"), STOP],
-    ]
-
-
-@pytest.mark.parametrize("expression", ["", "1/0", "abc", "1+", "(((", "9**9**9"])
-def test_an_expression_without_a_value_forces_nothing(expression: str) -> None:
-    completion = ask(call(expression))
-    assert completion.ids == [*call(expression), STOP]
-    assert all(completion.mask)
-
-
-def test_without_use_tools_nothing_is_forced() -> None:
-    assert ask(call("6*7"), use_tools=False).ids == [*call("6*7"), STOP]
-
-
-@pytest.mark.parametrize("prompt", [[BOS, 12], [BOS, USER, 12], [BOS, ANSWER, 12, STOP, 12]], ids=str)
-def test_outside_an_answer_nothing_is_forced(prompt: list[int]) -> None:
-    assert ask(call("6*7"), prompt).ids == [*call("6*7"), STOP]
-
-
-def test_an_end_without_a_start_forces_nothing() -> None:
-    script = [*Characters().encode("6*7"), PYTHON_END, *Characters().encode("a")]
-    assert ask(script).ids == [*script, STOP]
-
-
-@pytest.mark.parametrize("max_tokens", range(1, 15))
-@pytest.mark.parametrize("check_every", [1, 5])
-def test_a_forced_result_respects_max_tokens(max_tokens: int, check_every: int) -> None:
-    whole = ask(call("6*7", after=4), check_every=check_every)
-    cut = ask(call("6*7", after=4), check_every=check_every, max_tokens=max_tokens)
-    assert cut.ids == whole.ids[:max_tokens]
-    assert cut.mask == whole.mask[:max_tokens]
-    assert cut.truncated == (max_tokens < len(whole.ids))
-
-
-@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
-@pytest.mark.parametrize("check_every", [1, 6])
-def test_rows_that_called_the_tool_go_on_as_a_plain_forward_would(
-    shape: dict[str, Any], check_every: int
-) -> None:
-    """A forced result is put in after every digit that a random model samples, so rows call at different times."""
-    model = make_model(**shape)
-    engine = make_engine(model, check_every=check_every)
-    engine.marks.python = (20, 21)  # common characters open and close an expression
-    engine.marks.all = engine.marks.stops | {20, 21}
-    engine.marks.tokenizer = SevenForAll()  # type: ignore[assignment]
-    prompts = [[*prompt, ANSWER] for prompt in make_prompts(5)]
-    groups = engine.generate(prompts, num_samples=16, max_tokens=40, seeds=range(5))
-    calls = 0
-    for prompt, group in zip(prompts, groups, strict=True):
-        for completion in group:
-            expected = teacher_forced(model, prompt, completion, 1.0) * torch.tensor(completion.mask)
-            torch.testing.assert_close(torch.tensor(completion.logprobs), expected, rtol=0, atol=1e-5)
-            calls += completion.mask.count(0)
-    assert calls > 15
-
-
-class SevenForAll(Characters):
-    """Every expression reads 7."""
-
-    def decode(self, ids: Sequence[int]) -> str:
-        return "7"
 
 
 # --- streams and storage -----------------------------------------------------------------------------------------
