@@ -142,9 +142,8 @@ def test_ranks_that_lose_torchrun_while_they_start_do_not_wait_for_it(
 ) -> None:
     home = tmp_path / "home"
     shutil.copytree(empty, home)
-    process = begin(
-        home, 2, [*BASE, "--num_iterations=1000000"]
-    )  # they cannot be done before torchrun is killed
+    # So many steps that they cannot be done before torchrun is killed.
+    process = begin(home, 2, [*BASE, "--num_iterations=1000000"])
     ranks: list[int] = []
     while len(ranks) < 2:
         ranks = [pid for pid in processes.descendants(process.pid) if BASE[0] in processes.command_line(pid)]
