@@ -2,9 +2,9 @@
 What a conversation is, and a clear word to whoever hands over something else.
 
 `{"messages": [{"role": "user" | "assistant" | "system", "content": ...}, ...]}`, where content is a string or a list of parts
-`{"type": "text" | "python" | "python_output", "text": ...}`, with `"trained": false` where it is not to be
-learnt. The rules are nanochat's: an optional system message first, which becomes the opening of the user's first message, then
-user and assistant in turn.
+`{"type": "text" | "python" | "python_output", "text": ...}`, with `"trained": false` where it is not to be learnt.
+The rules are nanochat's: an optional system message first, which becomes the opening of the user's first message, then user and
+assistant in turn.
 
 One rule is ours. Neighbouring text parts are joined by a line break: without it "50 km" and "Answer: E" read "50 kmAnswer: E",
 and the model is trained on a word that nobody writes.

@@ -33,6 +33,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from nanochat.common import UserError, World
+from nanochat.rl import is_live
 from nanochat.shared_prefix import RLBatch, microbatches
 from nanochat.train import NonFiniteGuard, optimizer_step
 
@@ -93,7 +94,7 @@ def trained_episodes(groups: Sequence[Sequence[Episode]], objective: Objective) 
             if any(e.completion.mask) and not (objective.mask_truncated and e.completion.truncated)
         ]
         for group in groups
-        if len({e.outcome for e in group}) > 1  # exact values: a group is dead exactly or not at all
+        if is_live(group)
     ]
     return [group for group in kept if group]
 

@@ -167,11 +167,9 @@ def rollout(
     groups = []
     for (question, conversation), prompt, group in zip(questions, prompts, completions, strict=True):
         marked = [mark(task, tokenizer, conversation, one, format_reward, wrong_reward) for one in group]
+        numbered = enumerate(zip(group, marked, strict=True))
         groups.append(
-            [
-                Episode(question, sample, conversation, tuple(prompt), completion, *fields)
-                for sample, (completion, fields) in enumerate(zip(group, marked, strict=True))
-            ]
+            [Episode(question, n, conversation, tuple(prompt), one, *fields) for n, (one, fields) in numbered]
         )
     return groups
 

@@ -275,7 +275,7 @@ _FORMULA: dict[str, tuple[Callable[..., Tree] | None, int]] = {
 # ---- the arithmetic of a rationale ---------------------------------------------------------------------------------
 
 _TYPOGRAPHY = str.maketrans(
-    {"×": "*", "÷": "/", "\N{MINUS SIGN}": "-", "\N{EN DASH}": "-", "^": "^", "\N{MULTIPLICATION X}": "*"}
+    {"×": "*", "÷": "/", "\N{MINUS SIGN}": "-", "\N{EN DASH}": "-", "\N{MULTIPLICATION X}": "*"}
 )
 _SEGMENT = re.compile(r"[\d(](?:[\d\s.()+\-*/x^%]|,(?=\d{3}(?!\d)))*[\d)%]")
 

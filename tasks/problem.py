@@ -194,15 +194,15 @@ def masked_key(problem: Problem) -> str:
 SHARED_WORDS = 13  # as GPT-3 (arXiv 2005.14165, appendix C) told its training text from its test sets
 
 
-def shares_words(texts: Iterable[str], held_out: Iterable[str], *, length: int = SHARED_WORDS) -> list[bool]:
-    """For each text, whether `length` words in a row of it stand in one of `held_out`; numbers are words, case is not seen."""
-    known = {run for text in held_out for run in _runs(text, length)}
-    return [not known.isdisjoint(_runs(text, length)) for text in texts]
+def shares_words(texts: Iterable[str], held_out: Iterable[str]) -> list[bool]:
+    """For each text, whether thirteen words in a row of it stand in one of `held_out`; numbers are words, case is not seen."""
+    known = {run for text in held_out for run in _runs(text)}
+    return [not known.isdisjoint(_runs(text)) for text in texts]
 
 
-def _runs(text: str, length: int) -> Iterable[tuple[str, ...]]:
+def _runs(text: str) -> Iterable[tuple[str, ...]]:
     words = re.findall(r"[^\W_]+", text.casefold())
-    return zip(*(words[start:] for start in range(length)), strict=False)
+    return zip(*(words[start:] for start in range(SHARED_WORDS)), strict=False)
 
 
 def deduplicate(

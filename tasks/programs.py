@@ -29,7 +29,7 @@ from tasks.common import Conversation, MultipleChoice, render_multiple_choice
 from tasks.expressions import Tree, show, value_of
 from tasks.problem import LETTERS, Problem, masked_key, shares_words
 from tasks.rows import DataUnavailable
-from tasks.solved import SOURCES, Solved, compute
+from tasks.solved import SOURCES, Solved, Source, compute
 from tasks.variation import MAX_TRIES, made_options, mistakes, with_fewer_words, with_other_numbers
 
 Split = Literal["train", "validation"]
@@ -43,23 +43,22 @@ HELD_OUT = 40  # one question in so many is for validation, with all that differ
 
 
 @dataclass(frozen=True, slots=True)
-class Read:
+class Collected:
     """What one source has: its questions by split, how many rows it has in all; nothing where it cannot be had."""
 
-    name: str
-    weight: float
+    source: Source
     questions: Mapping[Split, Sequence[Solved]]
     total: int | None = None
 
     def note(self, split: Split) -> str:
         """For the stage to print: how many questions of the source are used."""
         if self.total is None:
-            return f"no {self.name}"
-        return f"{self.name}: {len(self.questions[split]):,} of {self.total:,}"
+            return f"no {self.source.name}"
+        return f"{self.source.name}: {len(self.questions[split]):,} of {self.total:,}"
 
 
 @functools.lru_cache(maxsize=2)
-def read_sources(path: str | None, places: tuple[str, ...]) -> tuple[Read, ...]:
+def read_sources(path: str | None, places: tuple[str, ...]) -> tuple[Collected, ...]:
     """
     Every source, less the questions that AQuA's held-out splits know. `places` keys the cache.
 
@@ -67,14 +66,14 @@ def read_sources(path: str | None, places: tuple[str, ...]) -> tuple[Read, ...]:
     """
     held_out = [problem for split in ("validation", "test") for problem in _held_out(split, path)]
     masked = {masked_key(problem) for problem in held_out}
-    found: list[Read] = []
+    found: list[Collected] = []
     missing: list[str] = []
     for source in SOURCES:
         questions: dict[Split, list[Solved]] = {"train": [], "validation": []}
         try:
             rows, total = source.read(path)
         except DataUnavailable as error:
-            found.append(Read(source.name, source.weight, questions))
+            found.append(Collected(source, questions))
             missing += error.tried
             continue
         overlaps = shares_words((row.question for row in rows), (problem.question for problem in held_out))
@@ -82,8 +81,8 @@ def read_sources(path: str | None, places: tuple[str, ...]) -> tuple[Read, ...]:
             key = masked_key(Problem(row.question, (), ""))
             if not overlap and key not in masked:
                 questions[split_of(key)].append(row)
-        found.append(Read(source.name, source.weight, questions, total))
-    if not any(any(read.questions.values()) for read in found):
+        found.append(Collected(source, questions, total))
+    if not any(any(one.questions.values()) for one in found):
         raise DataUnavailable(Programs.name, missing)
     return tuple(found)
 
@@ -104,9 +103,9 @@ class Programs(MultipleChoice):
     """
     `size` questions with solutions, drawn from all sources that can be had: `Programs("train", size=20_000)`.
 
-    Example n depends on split, seed and n alone. Those of validation have their own numbers, and a call without mistake. None is a question of AQuA's validation or test with other numbers, or shares
-    thirteen words in a row with one.
-    Raises DataUnavailable where no source can be had.
+    Example n depends on split, seed and n alone. Those of validation are as their source has them, options in any order. None is
+    a question of AQuA's validation or test with other numbers, or shares thirteen words in a row with one.
+    Raises DataUnavailable where no source can be had, UserError for a size below 1.
     """
 
     name = "PROGRAMS"
@@ -128,9 +127,9 @@ class Programs(MultipleChoice):
             raise UserError(f"{self.name}: size={size} must be at least 1")
         places = (str(data_dir()), str(base_dir()))
         found = read_sources(None if path is None else str(path), places)
-        self.source = "; ".join(read.note(split) for read in found)
-        self._found = [read.questions[split] for read in found]
-        self._weights = [read.weight * len(read.questions[split]) for read in found]
+        self.source = "; ".join(one.note(split) for one in found)
+        self._found = [one.questions[split] for one in found]
+        self._weights = [one.source.weight * len(one.questions[split]) for one in found]
         if not any(self._weights):
             raise DataUnavailable(self.name, [f"no question of the {split} split"])
         self._size, self._seed, self._split = size, seed, split

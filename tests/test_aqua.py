@@ -191,25 +191,9 @@ def test_keys_see_through_spelling_and_numbers() -> None:
 
 
 def test_thirteen_words_in_a_row_of_a_held_out_question_are_too_many() -> None:
-    words = [
-        "a",
-        "farmer",
-        "who",
-        "keeps",
-        "hens",
-        "and",
-        "cows",
-        "counts",
-        "fifty",
-        "heads",
-        "and",
-        "140",
-        "feet",
-        "in",
-        "his",
-        "yard",
-    ]
-    held = Problem(" ".join(words), (), "A")
+    text = "a farmer who keeps hens and cows counts fifty heads and 140 feet in his yard"
+    words = text.split()
+    held = Problem(text, (), "A")
     longer = Problem("One day, A farmer, " + " ".join(words[2:13]) + "; how many hens?", (), "A")
     shorter = Problem(" ".join(words[:12]) + " how many hens?", (), "A")
     kept, dropped = deduplicate([longer, shorter], [held])

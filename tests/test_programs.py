@@ -238,21 +238,8 @@ def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "data"
 
 
-THINGS = (
-    "pens",
-    "books",
-    "cups",
-    "plates",
-    "forks",
-    "lamps",
-    "chairs",
-    "desks",
-    "bags",
-    "hats",
-    "shoes",
-    "rings",
-)
-WORDS = [chr(97 + n % 26) * (1 + n // 26) for n in range(300)]
+WORDS = [chr(97 + n % 26) * (1 + n // 26) for n in range(300)]  # a, b, ... z, aa, bb, ...
+THINGS = [f"{word}pens" for word in WORDS[:12]]
 SECRET = "a farmer keeps hens and cows and counts together 50 heads and 140 feet in one yard"
 
 

@@ -131,6 +131,13 @@ def test_random_rewards_keep_the_marginal_forget_the_answer_and_leave_the_truth(
     assert control != randomize_rewards(groups, seed=0, step=6, world=ALONE)
 
 
+def test_random_rewards_draw_a_pay_whole() -> None:
+    pays = [Reward(1.0, 0.1), Reward(0.0, 0.1, -0.25), Reward(0.0, 0.0)]
+    group = [dataclasses.replace(episode(0, n, [1], [2]), reward=pays[n % 3]) for n in range(60)]
+    (drawn,) = randomize_rewards([group], seed=0, step=5, world=ALONE)
+    assert {e.paid for e in drawn} == set(pays), "no episode is right and wrong at once"
+
+
 # --- metrics
 
 
